@@ -70,14 +70,18 @@ class Reason:
     def from_wire(cls, value: object) -> Reason:
         """Read a reason that a peer sent. Never raises: a reason is shown, not obeyed, so what is odd is cut or named."""
         if not isinstance(value, Mapping):
-            return cls(None, "unknown", "the peer gave a reason that cannot be read", "look at the peer's log")
+            return cls(
+                None, "unknown", "the peer gave a reason that cannot be read", "look at the peer's log"
+            )
 
         def text(key: str) -> str:
             item = value.get(key)
             return item[:MAX_TEXT] if isinstance(item, str) else ""
 
         device = value.get("device")
-        return cls(device[:255] if isinstance(device, str) else None, text("phase"), text("reason"), text("remedy"))
+        return cls(
+            device[:255] if isinstance(device, str) else None, text("phase"), text("reason"), text("remedy")
+        )
 
     def __str__(self) -> str:
         where = f"{self.device}: " if self.device else ""

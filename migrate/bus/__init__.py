@@ -1,0 +1,27 @@
+"""All D-Bus: the private bus of a machine, connections with deadlines, the interfaces of device processes.
+
+library.py alone imports the D-Bus library (its codec); messages.py and link.py are headers and the socket; connection.py is
+`Bus`; service.py is what a process offers, as tables; failures.py our errors as D-Bus errors; daemon.py the bus itself;
+device.py and client.py the two ends of docs/dbus/org.vmferry.Device1.xml, supervisor.py of org.vmferry.Supervisor1.xml.
+"""
+
+from migrate.bus.client import DeviceClient, DeviceInfo, discover
+from migrate.bus.connection import Bus
+from migrate.bus.daemon import PrivateBus
+from migrate.bus.device import DeviceService, device_interfaces
+from migrate.bus.service import Call, Interface, Method, Property, Signal
+
+__all__ = [
+    "Bus",
+    "Call",
+    "DeviceClient",
+    "DeviceInfo",
+    "DeviceService",
+    "Interface",
+    "Method",
+    "PrivateBus",
+    "Property",
+    "Signal",
+    "device_interfaces",
+    "discover",
+]

@@ -1,0 +1,155 @@
+"""A Runtime on the bus: each call goes to one thread, in order, so that the event loop always answers.
+
+A device that hangs while it saves or loads misses the deadline of that call, and of those behind it; pings, properties and
+SIGTERM are still served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from devices.kit.runtime import Runtime
+from migrate.bus.device import DEVICE, MAX_BLOB, VMSTATE
+from migrate.state.blob import MAX_BLOB as MAX_ENVELOPE
+from migrate.state.schema import MAX_PAYLOAD
+
+#: The most that the envelope adds to a payload, bytes.
+_ENVELOPE = MAX_ENVELOPE - MAX_PAYLOAD
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class ControlThread:
+    """Runs calls of the event loop one after the other. A daemon thread: a call that hangs does not keep the process."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._loop, name="control", daemon=True).start()
+
+    async def run(self, function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """What `function` returns or raises. It runs to its end also where the waiter is cancelled."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_R] = loop.create_future()
+
+        def settle(result: _R | None, error: BaseException | None) -> None:
+            if not future.done():
+                if error is not None:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)  # type: ignore[arg-type]
+
+        def call() -> None:
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                loop.call_soon_threadsafe(settle, None, error)
+            else:
+                loop.call_soon_threadsafe(settle, result, None)
+
+        self._calls.put(call)
+        return await future
+
+    def _loop(self) -> None:
+        while True:
+            self._calls.get()()
+
+
+class Service:
+    """What migrate.bus.device.DeviceService wants; the words of docs/dbus/*.xml say what each means."""
+
+    def __init__(self, runtime: Runtime, control: ControlThread) -> None:
+        self._runtime = runtime
+        self._run = control.run
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The well-known names to queue for, in this order: whoever finds the second finds the first as well."""
+        # QEMU drops a helper with a larger state from its stream and loses the guest by it.
+        fits_qemu = not self._runtime.streams and self._runtime.version.max_size + _ENVELOPE <= MAX_BLOB
+        return (DEVICE, VMSTATE) if fits_qemu else (DEVICE,)
+
+    @property
+    def id(self) -> str:
+        return self._runtime.participant.id
+
+    @property
+    def type(self) -> str:
+        return self._runtime.schema.type
+
+    @property
+    def schema_version(self) -> int:
+        return self._runtime.version.version
+
+    @property
+    def readable_versions(self) -> Sequence[int]:
+        return self._runtime.readable
+
+    @property
+    def writable_versions(self) -> Sequence[int]:
+        return (self._runtime.version.version,)
+
+    @property
+    def schema_digest(self) -> bytes:
+        return self._runtime.version.digest
+
+    @property
+    def state(self) -> str:
+        return self._runtime.participant.state
+
+    @property
+    def tracker(self) -> str:
+        return self._runtime.tracker
+
+    @property
+    def streams(self) -> bool:
+        return self._runtime.streams
+
+    async def save(self) -> bytes:
+        return await self._run(self._runtime.save)
+
+    async def load(self, data: bytes) -> None:
+        await self._run(self._runtime.load, data)
+
+    async def attach_memory(self, gpa: int, size: int, memory: int, offset: int) -> None:
+        await self._run(self._runtime.attach_memory, gpa, size, memory, offset)
+
+    async def set_state(self, state: str, options: Mapping[str, Any]) -> str:
+        return await self._run(self._runtime.set_state, state, options)
+
+    async def start_tracking(self) -> None:
+        await self._run(self._runtime.start_tracking)
+
+    async def collect_dirty(self) -> tuple[int, int]:
+        return await self._run(self._runtime.collect_dirty)
+
+    async def stop_tracking(self) -> None:
+        await self._run(self._runtime.stop_tracking)
+
+    async def save_as(self, version: int) -> bytes:
+        return await self._run(self._runtime.save_as, version)
+
+    async def check_incoming(self, data: bytes) -> None:
+        await self._run(self._runtime.check_incoming, data)
+
+    async def stage(self, data: bytes) -> None:
+        await self._run(self._runtime.stage, data)
+
+    async def apply(self) -> None:
+        await self._run(self._runtime.apply)
+
+    async def stream_read(self, max_bytes: int) -> tuple[int, int, int]:
+        return await self._run(self._runtime.stream_read, max_bytes)
+
+    async def stream_write(self, chunk: int, size: int) -> None:
+        await self._run(self._runtime.stream_write, chunk, size)
+
+    async def fingerprint(self) -> bytes:
+        return await self._run(self._runtime.fingerprint)
+
+    async def finish(self, outcome: str) -> None:
+        await self._run(self._runtime.finish, outcome)

@@ -1,0 +1,96 @@
+"""A Device behind a vfio-user server: its registers, interrupts and reset, and the windows into guest memory.
+
+Answered in RUNNING, PRE_COPY and both P2P states. Elsewhere accesses are refused with EBUSY, because the state may be on
+its way to another host; what a VMM sets up (DMA windows, eventfds) is taken in every state, so that a destination's VMM can
+connect before its devices run.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Sequence
+
+from devices.kit.device import Device, RegionInfo
+from devices.kit.runtime import Runtime
+from devices.protocols.vfio_user.messages import DmaFlags, DmaMap, refused
+from migrate.errors import MemoryFault
+from migrate.state.lifecycle import RESPONDING
+
+
+class VfioUserBackend:
+    """What devices.protocols.vfio_user.session.Backend wants."""
+
+    def __init__(self, device: Device, runtime: Runtime) -> None:
+        self._device = device
+        self._runtime = runtime
+        device.memory.by_windows = True
+
+    @property
+    def lock(self) -> threading.RLock:
+        return self._device.lock
+
+    @property
+    def regions(self) -> Sequence[RegionInfo]:
+        return self._device.regions
+
+    @property
+    def irqs(self) -> int:
+        return len(self._device.all_irqs)
+
+    def _require_responding(self) -> None:
+        if self._device.state not in RESPONDING:
+            raise refused(errno.EBUSY, f"the device is in {self._device.state}")
+
+    def region_read(self, region: int, offset: int, count: int) -> bytes:
+        self._require_responding()
+        if count in (1, 2, 4, 8) and offset % count == 0:
+            return self._device.read(region, offset, count).to_bytes(count, "little")
+        return b"".join(
+            self._device.read(region, offset + at, size).to_bytes(size, "little")
+            for at, size in _pieces(offset, count)
+        )
+
+    def region_write(self, region: int, offset: int, data: bytes) -> None:
+        self._require_responding()
+        for at, size in _pieces(offset, len(data)):
+            self._device.write(region, offset + at, size, int.from_bytes(data[at : at + size], "little"))
+
+    def dma_map(self, window: DmaMap, fd: int) -> None:
+        memory = self._device.memory
+        writable = bool(window.flags & DmaFlags.WRITE)
+        try:
+            memory.map_window(window.address, window.size, fd, window.offset, writable=writable)
+        except MemoryFault as error:
+            raise refused(errno.EINVAL, error.reason) from error
+        if memory.tracker is not None and self._device.writes_memory and memory.has_private_windows:
+            memory.unmap_window(window.address, window.size)
+            raise refused(
+                errno.EBUSY, "memory that is not the machine's cannot be mapped while writes are tracked"
+            )
+
+    def dma_unmap(self, address: int, size: int) -> None:
+        self._device.memory.unmap_window(address, size)
+
+    def connect_irq(self, index: int, eventfd: int | None) -> None:
+        self._device.all_irqs[index].connect(eventfd)
+
+    def trigger_irq(self, index: int) -> None:
+        self._require_responding()
+        self._device.all_irqs[index].raise_()
+
+    def reset(self) -> None:
+        if not self._runtime.reset_by_vmm():
+            self._require_responding()
+
+
+def _pieces(offset: int, count: int) -> list[tuple[int, int]]:
+    """An access of any size as the naturally aligned accesses of 8, 4, 2 and 1 bytes that a device knows: (at, size)."""
+    pieces, at = [], 0
+    while at < count:
+        size = 8
+        while (offset + at) % size or at + size > count:
+            size //= 2
+        pieces.append((at, size))
+        at += size
+    return pieces

@@ -1,0 +1,142 @@
+"""The server's socket and thread. What is answered is session.py's business.
+
+One thread, one client at a time: a region access is a round trip that the guest waits for, so it is served by blocking
+calls and costs two system calls here. A second client waits in the backlog until the first has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+import threading
+
+from devices.protocols.vfio_user.channel import READ_LARGE, READ_SIZE, check_path, peer_uid, receive
+from devices.protocols.vfio_user.framing import Assembler, FramingError
+from devices.protocols.vfio_user.messages import error_reply
+from devices.protocols.vfio_user.session import Backend, Session
+from migrate.errors import Phase, UsageError
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 4
+
+
+class Server:
+    """Serves one device on a Unix socket from `start` to `close`."""
+
+    def __init__(self, path: str, backend: Backend) -> None:
+        """:raise UsageError: no socket can be made at `path`, or another process serves there."""
+        self.path = check_path(path)
+        self._backend = backend
+        self._listener = _listen(path)
+        self._inode = os.stat(path).st_ino
+        self._connection: socket.socket | None = None
+        self._closing = False
+        #: Guards `_connection` and `_closing` against a close() that comes while a client is accepted.
+        self._guard = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="vfio-user", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the connection and removes the socket. A device's callback that hangs is left behind after a second."""
+        with self._guard:
+            self._closing = True
+            for sock in (self._connection, self._listener):
+                # shutdown and not close: it wakes the thread that is blocked in accept or recvmsg.
+                with contextlib.suppress(OSError):
+                    if sock is not None:
+                        sock.shutdown(socket.SHUT_RDWR)
+        if self._thread.ident is not None:
+            self._thread.join(1.0)
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            if os.stat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if not self._closing:
+                    log.error("event=accept-failed path=%s error=%r", self.path, str(error))
+                return
+            with connection:
+                with self._guard:
+                    if self._closing:
+                        return
+                    self._connection = connection
+                try:
+                    self._serve(connection)
+                finally:
+                    with self._guard:
+                        self._connection = None
+
+    def _serve(self, connection: socket.socket) -> None:
+        uid = peer_uid(connection)
+        if uid not in (os.geteuid(), 0):
+            log.warning("event=client-refused uid=%d reason='only the user of this process may connect'", uid)
+            return
+        session, assembler = Session(self._backend), Assembler()
+        try:
+            while not session.over:
+                while (message := assembler.next()) is None:
+                    size = READ_SIZE if assembler.missing <= READ_SIZE else READ_LARGE
+                    data, fds, truncated = receive(connection, size)
+                    if not data:
+                        return
+                    assembler.feed(data, fds, truncated)
+                reply = session.handle(message)
+                if reply is not None:
+                    connection.sendall(reply)
+        except FramingError as error:
+            log.warning("event=client-dropped reason=%r", error.reason)
+            with contextlib.suppress(OSError):
+                connection.sendall(error_reply(error.header.id, error.header.command, error.errno))
+        except OSError as error:
+            log.info("event=client-lost error=%r", str(error))
+        finally:
+            assembler.close()
+            session.close()
+
+
+def _listen(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # The mode of the descriptor becomes the mode of the file: nobody else may connect, from its first moment on.
+        os.fchmod(listener.fileno(), 0o600)
+        _remove_stale(path)
+        listener.bind(path)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"no socket can be made at {path}: {error.strerror}",
+            remedy="give --socket a path in a directory that exists and is yours",
+            phase=Phase.SETUP,
+        ) from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Removes a socket that a dead process left; a living one's is an error."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise UsageError(f"{path} exists and is no socket", remedy="give --socket another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise UsageError(f"another process serves {path}", remedy="end it, or give --socket another path")

@@ -1,0 +1,74 @@
+/* What the parts of the guest share. Devices' registers: docs/devices.md; the platform page: ../platform_page.py; the boot
+   page: ../boot.py. */
+
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long u64;
+_Static_assert(sizeof(u64) == 8, "x86-64 only");
+
+#define PAGE 4096
+
+/* Memory map. The program lies at 1 MiB, its stack ends at 2 MiB. */
+#define BOOT_PAGE 0x1000
+#define FENCE 0x200000      /* where the display stores its fence */
+#define GENERATIONS 0x400000 /* one u32 a page of the working set, up to WORKING_SET */
+#define WORKING_SET 0x800000
+
+static inline u32 read32(u64 address) { return *(volatile u32 *)address; }
+static inline void write32(u64 address, u32 value) { *(volatile u32 *)address = value; }
+
+/* boot.c: what machine this is. */
+struct device {
+	u64 registers; /* 0: there is none */
+	u32 irq;
+};
+extern u64 ram_size;
+extern u32 device_count;
+void boot_read(void);
+struct device boot_device(const char *type);           /* the first of its type */
+u64 boot_option(const char *key, u64 otherwise); /* a number from the command line */
+
+/* The platform page. */
+u32 pending(void);
+void pending_clear(u32 lines);
+void mask_set(u32 lines);
+u32 mask_get(void);
+void idle(u64 microseconds);
+_Noreturn void power_off(u32 value);
+
+/* console.c: the UART, and what is said on it. */
+void console_open(void);
+void say(const char *text);
+void say_number(u64 value); /* a space, then the number */
+void say_end(void);
+void corrupt(const char *what, u64 where, u64 want, u64 got);
+void loopback_leave(u64 tick); /* put bytes into the receive FIFO … */
+void loopback_check(void);     /* … and find them there, a tick later */
+
+/* clock.c: the rtc, or without one a count of our own. */
+void clock_open(void);
+u64 clock_now(void); /* ns since the machine's first start; notices how long it was not called */
+extern u64 clock_gap;     /* the longest time between two calls, in ns, since it was last set to 0 */
+extern u64 clock_max_gap; /* the same since boot */
+void clock_slept(u64 microseconds); /* for the clock of our own */
+void alarm_set(u64 tick);
+void alarm_look(void); /* as often as there is time */
+void scratch_check(u64 tick);
+void scratch_set(u64 tick);
+
+/* pages.c: the working set. */
+extern u64 page_count;
+extern u64 rewritten;
+extern u64 pages_batch; /* what to rewrite between two looks at the clock: some milliseconds */
+void pages_open(void);
+void pages_rewrite(u64 count);
+void pages_sweep(u64 count);
+
+/* screen.c: the display. */
+void screen_open(void);
+void screen_step(u64 tick);
+
+/* start.S */
+int registers_check(u64 *want, u64 *got);

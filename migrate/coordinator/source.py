@@ -1,0 +1,401 @@
+"""The source's coordinator: one migration from the manifest to RUNNING, or back.
+
+It may die at any moment: the supervisor sees it go and, with no COMMIT in the ledger, resumes the machine. Every failure before
+COMMIT takes the road of `_give_up`; after COMMIT nothing resumes by itself (doubt.py). What moves is in transfer.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from migrate import __version__
+from migrate.bus import Bus
+from migrate.coordinator import doubt, preflight
+from migrate.coordinator.dialling import Dialler
+from migrate.coordinator.hold import Hold
+from migrate.coordinator.link import Link
+from migrate.coordinator.outcome import Downtime, Emit, Outcome, wire_reasons
+from migrate.coordinator.pages_out import PageSender
+from migrate.coordinator.participants import Participants
+from migrate.coordinator.transfer import READY_SECONDS, Transfer
+from migrate.errors import (
+    CancelledByUser,
+    FerryError,
+    IncompatibleError,
+    InDoubtError,
+    Phase,
+    Reason,
+    RemoteProtocolError,
+)
+from migrate.memory import CompareTracker, DirtyBitmap, GuestMemory, PageRuns
+from migrate.protocol import messages as m
+from migrate.protocol.states import Did, Role
+
+log = logging.getLogger(__name__)
+
+#: Deadlines of answers, s. The destination starts every device process before it answers a manifest.
+ACCEPT_SECONDS = 120.0
+JOIN_SECONDS = 30.0
+#: The destination's participants may be slow to start; a dead peer is noticed sooner, by its pings.
+RUNNING_SECONDS = 60.0
+MAX_EXTENTS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What the daemon asks for (one JSON object)."""
+
+    job: str
+    machine: str
+    bus: str
+    to: str
+    host_name: str
+    incarnation: str
+    credentials: dict[str, Any] | None = None
+    connections: int = 1
+    downtime_ms: float = 300.0
+    verify: bool = False
+    check_only: bool = False
+    keep: str = ""
+    hold: list[str] = field(default_factory=list)
+    doubt_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What both sides settled before anything moved."""
+
+    versions: dict[str, int]
+    token: bytes
+    connections: int
+    incarnation: str  #: the peer's
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """COMMIT is in the ledger."""
+
+    stopped_ns: int  #: how long the machine had stood still
+    at: int  #: monotonic ns
+    took_ns: int
+
+
+class SourceMigration:
+    """Run it once. `cancel` may be called at any time and does nothing after COMMIT."""
+
+    def __init__(self, spec: Spec, emit: Emit, hold: Hold) -> None:
+        """:raises UsageError: for a destination that is none."""
+        self.spec = spec
+        self.emit = emit
+        self.hold = hold
+        self.outcome = Outcome(spec.job, spec.machine, spec.to)
+        self._dialler = Dialler(spec.to, spec.credentials, spec.job)
+        self._phase = Phase.PREFLIGHT
+        self._parts: Participants | None = None
+        self._link: Link | None = None
+        self._begun = False
+        self._committing = False
+        self._epoch = 0
+        self._task: asyncio.Task[Any] | None = None
+
+    def cancel(self) -> None:
+        if self._task is not None and not self._committing:
+            self._task.cancel()
+
+    # -- the whole way -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> Outcome:
+        """The outcome; never raises for what goes wrong with a migration."""
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        async with AsyncExitStack() as stack:
+            try:
+                try:
+                    await self._migrate(stack)
+                except asyncio.CancelledError:
+                    self._task.uncancel()
+                    raise CancelledByUser(
+                        "cancelled by the user", phase=self._phase, remedy="the machine runs on here"
+                    ) from None
+            except FerryError as error:
+                await self._give_up(error)
+        return self.outcome
+
+    async def _migrate(self, stack: AsyncExitStack) -> None:
+        spec = self.spec
+        self._enter(Phase.PREFLIGHT)
+        bus = await Bus.connect(spec.bus)
+        stack.push_async_callback(bus.close)
+        self._parts = parts = await Participants.find(bus)
+        preflight.check_source(parts)
+        self._epoch = parts.description["next_epoch"]
+        if not spec.check_only:
+            self._epoch = await parts.supervisor.begin_outgoing(spec.job, spec.to)
+            self._begun = True
+        self._link = link = Link(await self._dialler.control(), Role.SOURCE)
+        stack.push_async_callback(link.close)
+        agreed = await self._offer(parts, link)
+        if spec.check_only:
+            await self._say(m.Bye())
+            self._finish("checked", "source", 0)
+            return
+        memory = await parts.map_memory()
+        stack.callback(memory.close)
+        self.outcome.ram_bytes = memory.size
+        transfer, dirty = await self._start(stack, parts, link, memory, agreed)
+        await transfer.precopy(dirty)
+        await self._switch_over(transfer, dirty, agreed)
+
+    async def _offer(self, parts: Participants, link: Link) -> Agreed:
+        """HELLO and the manifest; every reason against it comes back at once."""
+        spec = self.spec
+        await link.send(
+            m.Hello((m.PROTOCOL_VERSION,), f"vmferry {__version__}", spec.host_name, spec.incarnation)
+        )
+        hello = await link.expect(m.Hello, timeout=ACCEPT_SECONDS)
+        preflight.check_hello(hello)
+        await link.send(preflight.manifest(parts, spec.job, self._epoch, check_only=spec.check_only))
+        answer = await link.receive(timeout=ACCEPT_SECONDS)
+        if isinstance(answer, m.Refuse):
+            raise IncompatibleError(
+                answer.reasons or [Reason(None, str(Phase.PREFLIGHT), "refused", "see its log")]
+            )
+        if not isinstance(answer, m.Accept):
+            raise RemoteProtocolError(f"{answer.name} answers no manifest", phase=Phase.PREFLIGHT)
+        versions = preflight.check_accept(parts, answer)
+        return Agreed(
+            versions, answer.token, min(spec.connections, answer.max_connections), hello.incarnation
+        )
+
+    async def _start(
+        self, stack: AsyncExitStack, parts: Participants, link: Link, memory: GuestMemory, agreed: Agreed
+    ) -> tuple[Transfer, DirtyBitmap]:
+        """Page channels, trackers, streams; and what the first round has to send."""
+        self._enter(Phase.PRECOPY)
+        await parts.supervisor.peer_is(self.spec.job, agreed.incarnation)
+        await link.send(m.Start(agreed.connections, coarse_extents(memory)))
+        channels = await self._dialler.pages(agreed.connections, agreed.token, link)
+        compare = self._compare(parts, memory)
+        sender = PageSender(memory, channels, compare)
+        stack.push_async_callback(asyncio.to_thread, sender.close)
+        await link.expect(m.Started, timeout=JOIN_SECONDS)
+        # Tracking starts before anything is read: a page written from now on is sent again.
+        await parts.start_tracking()
+        await parts.start_streams()
+        transfer = Transfer(
+            parts,
+            link,
+            memory,
+            sender,
+            agreed.versions,
+            self.spec.downtime_ms,
+            self.outcome,
+            self.emit,
+            self.hold,
+        )
+        return transfer, DirtyBitmap.from_runs(memory.data_extents(), memory.page_count)
+
+    def _compare(self, parts: Participants, memory: GuestMemory) -> CompareTracker | None:
+        """The tracker for participants that have none, with a warning of what it costs."""
+        if not (untracked := parts.needs_compare()):
+            return None
+        compare = CompareTracker()
+        compare.attach(memory)
+        compare.start()
+        self.emit(
+            {
+                "event": "warning",
+                "warning": f"{', '.join(untracked)}: tracked by comparing all of memory, the last time while stopped",
+                "cost_bytes": memory.size,
+            }
+        )
+        return compare
+
+    # -- the stop ----------------------------------------------------------------------------------------------------------
+
+    async def _switch_over(self, transfer: Transfer, dirty: DirtyBitmap, agreed: Agreed) -> None:
+        parts, link = transfer.parts, transfer.link
+        self._enter(Phase.STOP)
+        began = time.monotonic_ns()
+        stopping = await parts.supervisor.quiesce(self.spec.job)
+        link.conversation.did(Did.QUIESCED)
+        quiesced = time.monotonic_ns()
+        self._enter(Phase.SAVE)
+        number = len(self.outcome.rounds) + 1
+        (blobs, saves), sent = await link.during(transfer.last_pass(number, dirty))
+        saved = time.monotonic_ns()
+        await transfer.send_states(number, blobs, sent)
+        sent_at = time.monotonic_ns()
+        await self.hold.at("stopped")
+        self._enter(Phase.LOAD)
+        ready = await link.expect(m.Ready, timeout=READY_SECONDS)
+        await self.hold.at("ready")
+        verified_ns = await transfer.verify() if self.spec.verify else 0
+        committed = await self._commit(parts, link)
+        await self.hold.at("committed")
+        running = await self._hand_over(parts, link, agreed, committed, paused=stopping["paused"])
+        self._keep(blobs)
+        if running is None:
+            return
+        total = (time.monotonic_ns() - began - verified_ns) / 1e6
+        downtime = Downtime(
+            stop=(quiesced - began) / 1e6,
+            pages=max(0, saved - quiesced - saves.total_ns) / 1e6,
+            save=saves.total_ns / 1e6,
+            send=(sent_at - saved) / 1e6,
+            load=ready.total_ns / 1e6,
+            commit=(committed.took_ns + running.commit_ns) / 1e6,
+            resume=running.resume_ns / 1e6,
+        )
+        downtime.network = total - downtime.known()
+        self.outcome.downtime_ms, self.outcome.downtime = total, downtime
+        self.outcome.slowest_device = slowest(stopping["devices"], saves.devices, ready.load_ns)
+
+    # -- commit ------------------------------------------------------------------------------------------------------------
+
+    async def _commit(self, parts: Participants, link: Link) -> Committed:
+        """COMMIT into the ledger. From here on there is no way back but the peer's word or an operator's."""
+        self._enter(Phase.COMMIT)
+        self._committing = True
+        start = time.monotonic_ns()
+        try:
+            stopped_ns = await parts.supervisor.commit(self.spec.job, self._epoch)
+        except FerryError:
+            # Was it written? Only the supervisor knows; while it cannot be asked, nothing is certain.
+            now = await parts.supervisor.describe()
+            if now["state"] != "in-doubt":
+                self._committing = False
+                raise
+            stopped_ns = int(now["stopped_ns"])
+        link.conversation.did(Did.WROTE_COMMIT)
+        at = time.monotonic_ns()
+        return Committed(stopped_ns, at, at - start)
+
+    async def _hand_over(
+        self, parts: Participants, link: Link, agreed: Agreed, committed: Committed, *, paused: bool
+    ) -> m.Running | None:
+        """Send COMMIT and hear RUNNING; else ask until somebody knows. None when RUNNING was not heard directly."""
+        spec = self.spec
+        self._enter(Phase.RESUME)
+        try:
+            stopped_ns = committed.stopped_ns + time.monotonic_ns() - committed.at
+            await link.send(m.Commit(spec.job, self._epoch, stopped_ns, paused))
+            answer = await link.receive(timeout=RUNNING_SECONDS)
+        except FerryError as error:
+            link.lost()
+            await self._doubt(parts, agreed, error)
+            return None
+        if isinstance(answer, m.Aborted):
+            await parts.supervisor.peer_said(spec.job, self._epoch, "aborted", wire_reasons(answer.reasons))
+            self.outcome.reasons = list(answer.reasons)
+            self._finish("aborted", "source", 1)
+            return None
+        assert isinstance(answer, m.Running)
+        heard = answer
+        self._finish("completed", "destination", 0)
+        await parts.supervisor.peer_said(spec.job, self._epoch, "running", "[]")
+        return heard
+
+    async def _doubt(self, parts: Participants, agreed: Agreed, error: FerryError) -> None:
+        """COMMIT is written and the peer is silent: ask again, and say so."""
+        spec = self.spec
+        self.emit({"event": "in_doubt", "reason": error.reason})
+        question = doubt.Question(spec.machine, spec.job, self._epoch, agreed.incarnation)
+        try:
+            answer = await doubt.ask_until(
+                self._dialler, question, spec.host_name, spec.incarnation, spec.doubt_seconds, self.emit
+            )
+        except InDoubtError as silent:
+            self.outcome.reasons = [error.as_reason(), silent.as_reason()]
+            self._finish("in_doubt", "neither", silent.exit_code)
+            return
+        reason = Reason(
+            None,
+            str(Phase.COMMIT),
+            f"contact was lost after COMMIT ({error.reason}); then the peer said: {answer}",
+            "",
+        )
+        await parts.supervisor.peer_said(spec.job, self._epoch, answer, wire_reasons([reason]))
+        self.outcome.reasons = [reason]
+        if answer == "running":
+            self._finish("completed", "destination", 0)
+        else:
+            self._finish("aborted", "source", 1)
+
+    # -- ending ------------------------------------------------------------------------------------------------------------
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self.emit({"event": "phase", "phase": str(phase)})
+
+    def _finish(self, outcome: str, running_on: str, exit_code: int) -> None:
+        self.outcome.outcome, self.outcome.running_on, self.outcome.exit_code = outcome, running_on, exit_code
+
+    async def _say(self, message: m.Message) -> None:
+        """Best effort: the peer notices our going away as well."""
+        try:
+            if self._link is not None and not self._link.broken:
+                await self._link.send(message)
+        except FerryError:
+            pass  # it is gone, or this may not be said any more
+
+    async def _give_up(self, error: FerryError) -> None:
+        """Before COMMIT: tell the peer, and let the machine go on here."""
+        reasons = error.reasons()
+        self.outcome.reasons = reasons
+        if self._committing:
+            self.outcome.reasons.append(
+                InDoubtError(
+                    "whether COMMIT was written is not known",
+                    phase=Phase.COMMIT,
+                    remedy=f"run `ferry recover {self.spec.machine}`",
+                ).as_reason()
+            )
+            self._finish("in_doubt", "neither", InDoubtError.exit_code)
+            return
+        refused = isinstance(error, IncompatibleError)
+        self._finish("refused" if refused else "aborted", "source", error.exit_code)
+        await self._say(m.Abort(tuple(reasons)))
+        if self._begun and self._parts is not None:
+            try:
+                await self._parts.supervisor.abort_outgoing(self.spec.job, wire_reasons(reasons))
+            except FerryError as failure:
+                # The machine itself failed: named beside the reason, never instead of it.
+                self.outcome.reasons.append(failure.as_reason())
+                self.outcome.running_on = "neither"
+
+    def _keep(self, blobs: dict[str, bytes]) -> None:
+        if self.spec.keep:
+            directory = Path(self.spec.keep)
+            directory.mkdir(parents=True, exist_ok=True)
+            for device, blob in blobs.items():
+                (directory / f"{os.path.basename(device)}.blob").write_bytes(blob)
+
+
+def slowest(*times: dict[str, int]) -> str | None:
+    """The device whose stop, save and load together took longest."""
+    total: dict[str, int] = {}
+    for table in times:
+        for name, ns in table.items():
+            total[name] = total.get(name, 0) + ns
+    return max(total, key=total.__getitem__, default=None)
+
+
+def coarse_extents(memory: GuestMemory) -> tuple[tuple[int, int], ...]:
+    """Where data lies now, in at most MAX_EXTENTS stretches (gpa, bytes): a hint for prefaulting, so roundness is no harm."""
+    runs = memory.data_extents()
+    if len(runs) > MAX_EXTENTS:
+        grain = max(512, -(-memory.page_count // MAX_EXTENTS))
+        grains = np.unique(runs.pages_array() // grain)
+        ends = np.minimum((grains + 1) * grain, memory.page_count)
+        runs = PageRuns.merged(np.column_stack((grains * grain, ends - grains * grain)))
+    return tuple((int(gpa), int(size)) for gpa, size in memory.to_table(runs)[:MAX_EXTENTS])

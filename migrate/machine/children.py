@@ -1,0 +1,99 @@
+"""Child processes of a supervisor: started with a log file of their own, and their deaths told with the last line they wrote.
+
+Every child dies with the supervisor (each asks the kernel for that itself: PR_SET_PDEATHSIG), so no process is ever left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from migrate.errors import DeviceGone, Phase
+
+
+class Child:
+    """One process and the task that waits for it."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.name = name
+        self.process = process
+        self.log = log
+        self.expected = False  #: its end is wanted
+        self._waiter: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, name: str, command: Sequence[str], log: Path, on_death: Callable[[Child], None]
+    ) -> Child:
+        """:raises DeviceGone: if the command cannot be started."""
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=log.parent
+            )
+        except OSError as error:
+            raise DeviceGone(
+                f"its command {command[0]!r} cannot be started: {error.strerror}",
+                device=name,
+                phase=Phase.SETUP,
+                remedy="check `command` in machine.toml and host.toml",
+            ) from None
+        finally:
+            os.close(fd)
+        child = cls(name, process, log)
+        child._waiter = asyncio.create_task(child._watch(on_death))
+        return child
+
+    async def _watch(self, on_death: Callable[[Child], None]) -> None:
+        await self.process.wait()
+        if not self.expected:
+            on_death(self)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
+    def obituary(self, phase: Phase) -> DeviceGone:
+        """Why it is gone, in its own last words."""
+        code = self.process.returncode
+        how = "ended" if code == 0 else f"exited with {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        last = last_line(self.log)
+        return DeviceGone(
+            f"its process {how}" + (f": {last}" if last else ""),
+            device=self.name,
+            phase=phase,
+            remedy=f"see {self.log}",
+        )
+
+    async def stop(self, patience: float = 2.0) -> None:
+        """SIGTERM, then SIGKILL after `patience` seconds; returns when it is reaped."""
+        self.expected = True
+        if self.alive:
+            self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), patience)
+            except TimeoutError:
+                self.process.kill()
+        await self.process.wait()
+        if self._waiter is not None:
+            await self._waiter
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, at most 300 characters."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

@@ -1,0 +1,92 @@
+"""host.toml: what a host offers, and the paths of its directory. How the processes of a device type are started is decided here.
+
+    [device.uart16550]
+    command = ["python3", "-m", "devices.uart16550", "--max-version", "1"]   # instead of the registered one
+    [device.display]
+    available = false                                                        # this host does not have it
+
+A type that is not named is looked up among the installed ones (entry points of the group `vmferry.devices`).
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from migrate.errors import UsageError
+from migrate.machine.config import check_keys, nearest
+
+#: Longest directory that leaves room for the names of sockets (107 bytes in all).
+MAX_DIRECTORY = 60
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOffer:
+    command: Sequence[str] = ()
+    available: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """A host's directory and what stands in its host.toml."""
+
+    directory: Path
+    devices: Mapping[str, DeviceOffer] = field(default_factory=dict)
+
+    def machine_directory(self, name: str) -> Path:
+        return self.directory / "machines" / name
+
+    def command_of(self, type_name: str) -> list[str]:
+        """The command that starts a process of this type.
+
+        :raises UsageError: if this host does not offer the type.
+        """
+        offer = self.devices.get(type_name, DeviceOffer())
+        if not offer.available:
+            raise UsageError(f"this host does not offer {type_name!r}", remedy="see its host.toml")
+        if offer.command:
+            return list(offer.command)
+        known = {point.name: point.value for point in entry_points(group="vmferry.devices")}
+        if type_name not in known:
+            raise UsageError(
+                f"no device type {type_name!r} is installed here{nearest(type_name, sorted(known))}",
+                remedy=f"add [device.{type_name}] with command = […] to {self.directory / 'host.toml'}",
+            )
+        return [sys.executable, "-m", known[type_name]]
+
+
+def load(directory: Path) -> HostConfig:
+    """:raises UsageError: for a directory that is too deep, or a host.toml that is wrong."""
+    directory = directory.absolute()
+    if len(str(directory).encode()) > MAX_DIRECTORY:
+        raise UsageError(
+            f"the directory {directory} is longer than {MAX_DIRECTORY} bytes",
+            remedy="sockets need short paths: choose another --dir",
+        )
+    path = directory / "host.toml"
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return HostConfig(directory)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", remedy="mend it") from None
+    check_keys(raw, str(path), ("device",))
+    devices = {}
+    for name, table in raw.get("device", {}).items():
+        where = f"{path}: [device.{name}]"
+        if not isinstance(table, Mapping):
+            raise UsageError(f"{where} is not a table", remedy="mend it")
+        check_keys(table, where, ("command", "available"))
+        command, available = table.get("command", []), table.get("available", True)
+        if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+            raise UsageError(
+                f"{where}: command is not a list of texts", remedy='write command = ["python3", "my.py"]'
+            )
+        if not isinstance(available, bool):
+            raise UsageError(f"{where}: available is neither true nor false", remedy="mend it")
+        devices[name] = DeviceOffer(tuple(command), available)
+    return HostConfig(directory, devices)

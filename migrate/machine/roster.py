@@ -1,0 +1,257 @@
+"""The participants of one machine: started, found on the bus, given memory, stopped and resumed in two phases.
+
+The order is DESIGN 2.3's. Stopping: the vCPU enters its P2P state first, then every device (start nothing new, answer others);
+only when all are there does any stop. Resuming mirrors it: all RUNNING_P2P, then RUNNING, the vCPU last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from migrate.bus import Bus, DeviceClient, DeviceInfo, discover
+from migrate.errors import DeviceRefused, DeviceTimeout, FerryError, Phase
+from migrate.machine.children import Child
+from migrate.machine.config import VCPU_ID, DeviceConfig, MachineConfig
+from migrate.machine.hostconfig import HostConfig
+from migrate.memory import GuestMemory
+from migrate.state import DeviceState
+
+log = logging.getLogger(__name__)
+
+#: How long a participant may take to appear on the bus, s. Importing NumPy and Unicorn on a loaded host takes seconds.
+APPEAR_SECONDS = 30.0
+POLL_SECONDS = 0.02
+
+
+@dataclass(slots=True)
+class Participant:
+    config: DeviceConfig
+    child: Child
+    client: DeviceClient
+    info: DeviceInfo
+
+
+@dataclass(slots=True)
+class Times:
+    """Of one quiesce or resume, ns."""
+
+    total_ns: int = 0
+    devices: dict[str, int] = field(default_factory=dict)
+
+
+class Roster:
+    """All participants by Id. Knows nothing of migrations or ledgers."""
+
+    def __init__(self, machine: MachineConfig, host: HostConfig, on_death: Callable[[Child], None]) -> None:
+        self.machine = machine
+        self.host = host
+        self.directory = host.machine_directory(machine.name)
+        self.participants: dict[str, Participant] = {}
+        self.children: dict[str, Child] = {}
+        self._on_death = on_death
+
+    # -- starting ------------------------------------------------------------------------------------------------------
+
+    async def start(self, bus: Bus, address: str, memory: GuestMemory, *, incoming: bool) -> None:
+        """Start every process, wait for it on the bus, attach memory. All are then in STOP, or RESUMING when incoming.
+
+        :raises DeviceError: naming the device that did not start, and its last words.
+        """
+        mode = "--incoming" if incoming else "--paused"
+        for device in self.configs():
+            command = [
+                *(device.command or self.host.command_of(device.type)),
+                *self._arguments(device, address),
+                mode,
+            ]
+            self.children[device.id] = await Child.start(
+                device.id, command, self.directory / f"{device.id}.log", self._on_death
+            )
+        await self.find(bus)
+        for region in memory.regions:
+            await self._each(
+                self.participants.values(),
+                lambda p, r=region: p.client.attach_memory(r.gpa, r.size, r.fd, r.offset),  # type: ignore[misc]
+            )
+
+    def configs(self) -> list[DeviceConfig]:
+        """Every participant's configuration, the vCPU last."""
+        vcpu = [DeviceConfig(VCPU_ID, "vcpu", protocol="none", tracker=self.machine.vcpu_tracker)]
+        return [*self.machine.devices, *(vcpu if self.machine.vcpu else [])]
+
+    def _arguments(self, device: DeviceConfig, address: str) -> list[str]:
+        words = ["--id", device.id, "--bus", address]
+        if device.id == VCPU_ID:
+            path = self.directory / "platform.json"
+            path.write_text(json.dumps(self._platform()))
+            words += ["--platform", str(path)]
+        else:
+            words += ["--socket", str(self.socket_of(device))]
+            for key, value in [*device.options.items(), *self._local(device).items()]:
+                words += ["--option", f"{key}={value}"]
+        if device.tracker:
+            words += ["--tracker", device.tracker]
+        return words
+
+    def socket_of(self, device: DeviceConfig) -> str:
+        number = next(index for index, item in enumerate(self.machine.devices) if item.id == device.id)
+        return str(self.directory / f"d{number}.sock")
+
+    def _local(self, device: DeviceConfig) -> Mapping[str, str]:
+        """Back ends of this host: where nothing is named, a serial port writes into the machine's directory."""
+        if device.type == "uart16550" and "output" not in device.local:
+            return {**device.local, "output": str(self.directory / f"{device.id}.out")}
+        return device.local
+
+    def _platform(self) -> dict[str, object]:
+        return {
+            "devices": [
+                {"id": d.id, "type": d.type, "socket": self.socket_of(d), "gpa": d.gpa, "irq": d.irq}
+                for d in self.machine.devices
+            ],
+            "guest": self.machine.guest or None,
+            "cmdline": self.machine.cmdline,
+        }
+
+    async def find(self, bus: Bus) -> None:
+        """Wait until every configured participant is on the bus.
+
+        :raises DeviceGone: if one's process ended. :raises DeviceTimeout: naming the one that never came.
+        """
+        wanted = {config.id: config for config in self.configs()}
+        deadline = time.monotonic() + APPEAR_SECONDS
+        while True:
+            for child in self.children.values():
+                if not child.alive:
+                    raise child.obituary(Phase.SETUP)
+            found = await discover(bus)
+            missing = wanted.keys() - found.keys()
+            if not missing:
+                break
+            if time.monotonic() > deadline:
+                name = sorted(missing)[0]
+                raise DeviceTimeout(
+                    f"it did not appear on the machine's bus within {APPEAR_SECONDS:.0f} s",
+                    device=name,
+                    phase=Phase.SETUP,
+                    remedy=f"see {self.directory / (name + '.log')}",
+                )
+            await asyncio.sleep(POLL_SECONDS)
+        for name, config in wanted.items():
+            info = await found[name].info()
+            if not info.opaque and info.type != config.type:
+                raise DeviceRefused(
+                    f"its process says it is a {info.type!r}, the machine wants a {config.type!r}",
+                    device=name,
+                    phase=Phase.SETUP,
+                    remedy="mend `type` or `command` in machine.toml",
+                )
+            self.participants[name] = Participant(config, self.children[name], found[name], info)
+
+    # -- two-phase stop and start --------------------------------------------------------------------------------------
+
+    @property
+    def vcpu(self) -> Participant | None:
+        return self.participants.get(VCPU_ID)
+
+    def devices(self) -> list[Participant]:
+        return [p for name, p in self.participants.items() if name != VCPU_ID and not p.info.opaque]
+
+    def all(self) -> list[Participant]:
+        return [p for p in self.participants.values() if not p.info.opaque]
+
+    async def quiesce(self) -> Times:
+        """Stop all; nobody stops before all have entered P2P.
+
+        :raises DeviceError: naming the first participant that failed; the others may be anywhere between: call `resume`.
+        """
+        copying = {
+            p.config.id
+            for p in self.all()
+            if p.info.streams and (await p.client.info()).state in (DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
+        }
+
+        def p2p(p: Participant) -> DeviceState:
+            return DeviceState.PRE_COPY_P2P if p.config.id in copying else DeviceState.RUNNING_P2P
+
+        def stop(p: Participant) -> DeviceState:
+            return DeviceState.STOP_COPY if p.config.id in copying else DeviceState.STOP
+
+        times = Times()
+        start = time.monotonic_ns()
+        if self.vcpu is not None:
+            await self._move([self.vcpu], p2p, times, Phase.STOP)
+        await self._move(self.devices(), p2p, times, Phase.STOP)
+        await self._move(self.all(), stop, times, Phase.STOP)
+        times.total_ns = time.monotonic_ns() - start
+        return times
+
+    async def prepare(self, stopped_ns: int) -> Times:
+        """All into RUNNING_P2P: the half of resuming that can still be taken back."""
+        times = Times()
+        start = time.monotonic_ns()
+        await self._move(self.all(), lambda _: DeviceState.RUNNING_P2P, times, Phase.RESUME, stopped_ns)
+        times.total_ns = time.monotonic_ns() - start
+        return times
+
+    async def release(self, stopped_ns: int) -> Times:
+        """From RUNNING_P2P to RUNNING, the vCPU last."""
+        times = Times()
+        start = time.monotonic_ns()
+        await self._move(self.devices(), lambda _: DeviceState.RUNNING, times, Phase.RESUME, stopped_ns)
+        if self.vcpu is not None:
+            await self._move([self.vcpu], lambda _: DeviceState.RUNNING, times, Phase.RESUME, stopped_ns)
+        times.total_ns = time.monotonic_ns() - start
+        return times
+
+    async def resume(self, stopped_ns: int) -> None:
+        await self.prepare(stopped_ns)
+        await self.release(stopped_ns)
+
+    async def end_migration(self, outcome: str) -> None:
+        """Tracking off, and `Finish`; a participant that fails here is logged, for nothing depends on it any more."""
+        for participant in self.all():
+            try:
+                if participant.info.tracker in ("scan", "log"):
+                    await participant.client.stop_tracking()
+                await participant.client.finish(outcome)
+            except FerryError as error:
+                log.warning("event=finish device=%s error=%s", participant.config.id, error)
+
+    async def _move(
+        self,
+        participants: Iterable[Participant],
+        target: Callable[[Participant], DeviceState],
+        times: Times,
+        phase: Phase,
+        stopped_ns: int | None = None,
+    ) -> None:
+        async def one(p: Participant) -> None:
+            start = time.monotonic_ns()
+            await p.client.set_state(target(p), stopped_ns=stopped_ns, phase=phase)
+            name = p.config.id
+            times.devices[name] = times.devices.get(name, 0) + time.monotonic_ns() - start
+
+        await self._each(participants, one)
+
+    async def _each(
+        self, participants: Iterable[Participant], action: Callable[[Participant], Awaitable[None]]
+    ) -> None:
+        """All at once; every one is waited for, then the first failure is raised."""
+        wanted = [p for p in participants if not p.info.opaque]
+        results = await asyncio.gather(*(action(p) for p in wanted), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def stop_all(self) -> None:
+        """End every process; the vCPU first, for it is the client of the others."""
+        order = sorted(self.children.values(), key=lambda child: child.name != VCPU_ID)
+        for child in order:
+            child.expected = True
+        await asyncio.gather(*(child.stop() for child in order))

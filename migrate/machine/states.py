@@ -1,0 +1,40 @@
+"""What a machine is doing on this host, and which change may follow which. The supervisor obeys this table and no other."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+
+class MachineState(StrEnum):
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"  #: stopped by an operator
+    OUTGOING = "outgoing"  #: a job copies it; the guest runs
+    STOPPED = "stopped"  #: stopped by a job, before COMMIT; resumes by itself when the job goes
+    IN_DOUBT = "in-doubt"  #: COMMIT is written; stopped until the peer or an operator says
+    INCOMING = "incoming"  #: being received; ends with its connection
+    READY = "ready"  #: received and applied; the source may commit
+    HELD = "held"  #: ready, and the connection is gone: kept until asked, told, or its time is up
+    COMMITTED = "committed"  #: COMMITTED is written; being started
+    FAILED = "failed"  #: a participant died or cannot go on: the machine's failure, not a migration's
+    ENDED = "ended"
+
+
+_S = MachineState
+MACHINE: Final[dict[MachineState, frozenset[MachineState]]] = {
+    _S.STARTING: frozenset({_S.RUNNING, _S.PAUSED, _S.INCOMING, _S.FAILED, _S.ENDED}),
+    _S.RUNNING: frozenset({_S.PAUSED, _S.OUTGOING, _S.FAILED, _S.ENDED}),
+    _S.PAUSED: frozenset({_S.RUNNING, _S.OUTGOING, _S.FAILED, _S.ENDED}),
+    _S.OUTGOING: frozenset({_S.STOPPED, _S.RUNNING, _S.PAUSED, _S.FAILED, _S.ENDED}),
+    _S.STOPPED: frozenset({_S.IN_DOUBT, _S.RUNNING, _S.PAUSED, _S.FAILED, _S.ENDED}),
+    _S.IN_DOUBT: frozenset({_S.RUNNING, _S.PAUSED, _S.FAILED, _S.ENDED}),
+    _S.INCOMING: frozenset({_S.READY, _S.ENDED}),
+    _S.READY: frozenset({_S.COMMITTED, _S.HELD, _S.ENDED}),
+    _S.HELD: frozenset({_S.COMMITTED, _S.ENDED}),
+    _S.COMMITTED: frozenset({_S.RUNNING, _S.PAUSED, _S.FAILED, _S.ENDED}),
+    _S.FAILED: frozenset({_S.ENDED}),
+    _S.ENDED: frozenset(),
+}
+#: States in which the guest may execute here. Never true on two hosts at once: what the whole project is about.
+MAY_EXECUTE: Final = frozenset({_S.RUNNING, _S.OUTGOING})

@@ -1,0 +1,82 @@
+"""A device in memory for tests of the protocol: one region that keeps what is written, one interrupt."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+from devices.protocols.vfio_user.framing import Message
+from devices.protocols.vfio_user.messages import HEADER_SIZE, DmaMap, Header, refused
+
+#: Read it to have the device fail in its own way.
+POISON = 0xF00
+
+
+@dataclass(frozen=True)
+class Area:
+    size: int
+    read: bool = True
+    write: bool = True
+
+
+class MemoryBackend:
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.regions = (Area(4096), Area(16, write=False), Area(16, read=False))
+        self.irqs = 1
+        self.bytes = [bytearray(area.size) for area in self.regions]
+        self.windows: dict[int, int] = {}
+        self.eventfd: int | None = None
+        self.triggered = 0
+        self.resets = 0
+        self.refuse = 0
+
+    def _check(self) -> None:
+        if self.refuse:
+            raise refused(self.refuse, "told to refuse")
+
+    def region_read(self, region: int, offset: int, count: int) -> bytes:
+        self._check()
+        if offset == POISON:
+            raise ZeroDivisionError
+        return bytes(self.bytes[region][offset : offset + count])
+
+    def region_write(self, region: int, offset: int, data: bytes) -> None:
+        self._check()
+        self.bytes[region][offset : offset + len(data)] = data
+
+    def dma_map(self, window: DmaMap, fd: int) -> None:
+        self._check()
+        os.fstat(fd)  # it is open now, and no longer when this has returned
+        self.windows[window.address] = window.size
+
+    def dma_unmap(self, address: int, size: int) -> None:
+        assert self.windows.pop(address) == size
+
+    def connect_irq(self, index: int, eventfd: int | None) -> None:
+        if self.eventfd is not None:
+            os.close(self.eventfd)
+        self.eventfd = eventfd
+
+    def trigger_irq(self, index: int) -> None:
+        self.triggered += 1
+
+    def reset(self) -> None:
+        self._check()
+        self.resets += 1
+
+
+def command(number: int, payload: bytes = b"", *, flags: int = 0, fds: list[int] | None = None) -> Message:
+    header = Header(7, number, HEADER_SIZE + len(payload), flags, 0)
+    return Message(header, memoryview(payload), fds or [])
+
+
+def open_descriptors() -> set[tuple[str, str]]:
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+        except FileNotFoundError:
+            pass  # the listing's own
+    return found

@@ -30,7 +30,7 @@ CONTROL_ALARM = 1
 STATUS_FIRED = 1 << 32  # STATUS is the high half of the word
 
 LOW, ALL = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
-LAST_NS = ALL  # in the year 2554 the clock stops rather than begin again
+LAST_NS = ALL  # ns: in the year 2554 the clock stops rather than begin again
 SHORTEST_WAIT = 0.0005  # seconds; closer than this the timer's thread would only take the lock from the guest
 LONGEST_WAIT = 3600.0  # a far alarm is looked at again and again: no timer takes a wait of centuries
 
@@ -50,9 +50,8 @@ class Rtc(Device):
         self.time = 0  #: guest wall time at `_started`, or while stopped; 0 in a machine that never ran
         self.mono = 0  #: guest monotonic time, likewise
         self._started: int | None = None  #: CLOCK_MONOTONIC of the start; None while stopped
-        self._stopped: int | None = (
-            None  #: CLOCK_MONOTONIC of the stop; None if what stands here was not stopped here
-        )
+        #: CLOCK_MONOTONIC of the stop; None if what stands here was not stopped here.
+        self._stopped: int | None = None
         self._running = False
         self._timer: Timer | None = None
 
@@ -91,8 +90,8 @@ class Rtc(Device):
         self._started, self._stopped = None, now
 
     def _advance(self, ns: int) -> None:
-        self.time = min(self.time + ns, LAST_NS)
-        self.mono = min(self.mono + ns, LAST_NS)
+        self.time += ns
+        self.mono += ns
 
     # -- the alarm --------------------------------------------------------------------------------------------------------
 

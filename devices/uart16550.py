@@ -8,7 +8,6 @@ framing and break errors (a file has none), DMA mode, and the one byte that a ch
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import stat
@@ -30,14 +29,8 @@ class Register:
 
 
 IER_RECEIVED, IER_THR_EMPTY, IER_LINE_ERROR, IER_MODEM = 0x01, 0x02, 0x04, 0x08
-IIR_NONE, IIR_MODEM, IIR_THR_EMPTY, IIR_RECEIVED, IIR_LINE_ERROR, IIR_TIMEOUT = (
-    0x01,
-    0x00,
-    0x02,
-    0x04,
-    0x06,
-    0x0C,
-)
+IIR_NONE, IIR_MODEM, IIR_THR_EMPTY, IIR_RECEIVED = 0x01, 0x00, 0x02, 0x04
+IIR_LINE_ERROR, IIR_TIMEOUT = 0x06, 0x0C
 IIR_FIFOS_ON = 0xC0
 FCR_FIFOS_ON, FCR_CLEAR_RX, FCR_CLEAR_TX, FCR_KEPT = 0x01, 0x02, 0x04, 0xC9
 LCR_DLAB = 0x80
@@ -276,10 +269,8 @@ class Uart16550(Device):
             return
         try:
             data = os.read(self._input, self._depth - len(self.rx))
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EIO):  # EIO: the terminal behind it hung up
-                raise
-            return
+        except OSError:
+            return  # nothing there, or a terminal that hung up and may come back
         for value in data:
             self._arrive(value)
         self._update_interrupt()
@@ -367,9 +358,9 @@ class Uart16550(Device):
             "lsr_errors has an error that this line cannot have": state["lsr_errors"] & ~LSR_OVERRUN,
             "rx_fifo is longer than the FIFO": len(state["rx_fifo"]) > depth,
             "tx_fifo is longer than the FIFO": len(state["tx_fifo"]) > depth,
-            # 1 is also what stands here for a version 1 state, which had fcr alone.
-            "rx_trigger contradicts fcr": state.get("rx_trigger", 1) not in (1, TRIGGERS[state["fcr"] >> 6]),
-            "rx_timeout_pending without bytes in a FIFO": state.get("rx_timeout_pending")
+            # 1 is also the default, which stands here for a state of version 1: that had fcr alone.
+            "rx_trigger contradicts fcr": state["rx_trigger"] not in (1, TRIGGERS[state["fcr"] >> 6]),
+            "rx_timeout_pending without bytes in a FIFO": state["rx_timeout_pending"]
             and not (fifos_on and state["rx_fifo"]),
         }
         if wrong := [what for what, found in impossible.items() if found]:
@@ -386,9 +377,9 @@ class Uart16550(Device):
         self.overrun = bool(state["lsr_errors"] & LSR_OVERRUN)
         self.rx, self.tx = bytearray(state["rx_fifo"]), bytearray(state["tx_fifo"])
         self.thr_empty_pending = state["iir_thre_pending"]
-        # Version 1 had neither: the character times begin anew, and a pending interrupt is raised once more.
-        self.timeout_pending = state.get("rx_timeout_pending", False)
-        self.interrupting = state.get("irq_raised", False)
+        # False from version 1, which had neither: the character times begin anew, a pending interrupt is raised once more.
+        self.timeout_pending = state["rx_timeout_pending"]
+        self.interrupting = state["irq_raised"]
 
 
 def _modem_lines(mcr: int) -> int:

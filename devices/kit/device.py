@@ -115,3 +115,7 @@ class Device(Participant):
     def _set_silent(self, silent: bool) -> None:
         for irq in self._irqs:
             irq.hold(silent)
+
+    def _forget_edges(self) -> None:
+        for irq in self._irqs:
+            irq.forget()

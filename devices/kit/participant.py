@@ -108,3 +108,6 @@ class Participant:
 
     def _set_silent(self, silent: bool) -> None:
         """Whether interrupts are kept back."""
+
+    def _forget_edges(self) -> None:
+        """After a reset: interrupts that nobody was told of are gone."""

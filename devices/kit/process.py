@@ -20,8 +20,9 @@ from typing import NoReturn
 
 from devices.kit.device import Device
 from devices.kit.participant import Participant
-from devices.kit.runtime import COMPARE, Runtime
+from devices.kit.runtime import Runtime
 from devices.kit.service import ControlThread, Service
+from devices.kit.tracking import COMPARE
 from devices.kit.vfio_user import VfioUserBackend
 from devices.protocols.vfio_user.server import Server
 from migrate.bus.connection import Bus
@@ -44,10 +45,10 @@ def argument_parser(type_name: str, doc: str | None = None) -> argparse.Argument
     """The arguments that every participant's process takes. A participant's own go beside them, before parsing."""
     parser = argparse.ArgumentParser(
         prog=type_name,
-        description=(doc or "").strip().split("\n", 1)[0],
+        description=(doc or "").strip().split("\n", 1)[0].replace("%", "%%"),
         allow_abbrev=False,
     )
-    parser.add_argument("--id", required=True, help="its Id on the bus: 1 to 255 printable bytes")
+    parser.add_argument("--id", required=True, type=_id, help="its Id on the bus: 1 to 255 printable bytes")
     parser.add_argument(
         "--bus", metavar="ADDRESS", help=f"D-Bus address; default: ${' or $'.join(_ADDRESS_VARIABLES)}"
     )
@@ -66,13 +67,23 @@ def argument_parser(type_name: str, doc: str | None = None) -> argparse.Argument
     return parser
 
 
+def _id(text: str) -> str:
+    if not 1 <= len(text.encode()) <= 255 or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no Id: 1 to 255 printable bytes")
+    return text
+
+
 def main(device_class: type[Device], argv: Sequence[str] | None = None) -> NoReturn:
     """A device's whole process."""
     parser = argument_parser(device_class.type, sys.modules[device_class.__module__].__doc__)
     parser.add_argument("--socket", metavar="PATH", help="serve vfio-user on this Unix socket")
     known = "; ".join(f"{name}: {text}" for name, text in device_class.options.items())
     parser.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help=known or "this type has none"
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=known.replace("%", "%%") or "this type has none",
     )
     arguments = parser.parse_args(argv)
     _exit_with(lambda: _serve_device(device_class, arguments), arguments)
@@ -184,8 +195,6 @@ def _exit_with(serve: Callable[[], None], arguments: argparse.Namespace) -> NoRe
     _die_with_parent()
     _log_to_stderr(arguments.id, verbose=arguments.verbose)
     try:
-        if not 1 <= len(arguments.id.encode()) <= 255 or not arguments.id.isprintable():
-            raise UsageError(f"{arguments.id[:40]!r} is no Id", remedy="an Id is 1 to 255 printable bytes")
         serve()
     except FerryError as error:
         error.device = error.device or arguments.id

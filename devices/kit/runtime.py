@@ -16,22 +16,17 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from devices.kit.participant import Participant
-from devices.kit.stream import MAX_CHUNK, fingerprint
-from migrate.errors import DeviceRefused, FerryError, Phase, TrackerError, UsageError
-from migrate.memory import prove
-from migrate.memory.bitmap import DirtyBitmap
+from devices.kit.state_format import StateFormat
+from devices.kit.stream import MAX_CHUNK, StreamedMemory, fingerprint
+from devices.kit.tracking import Tracking
+from migrate.errors import DeviceRefused, FerryError, Phase
 from migrate.memory.memfd import read_sealed, sealed_bytes
-from migrate.state import blob, catalog
 from migrate.state.lifecycle import RESPONDING, SAVING_GROUP, DeviceState, parse, path
-from migrate.state.schema import SchemaVersion
 
 log = logging.getLogger(__name__)
 
 _S = DeviceState
 _STOPPED: Final = frozenset({_S.STOP, _S.STOP_COPY})
-#: For --tracker: this process does not track; the coordinator compares.
-COMPARE: Final = "compare"
-UNTRACKED: Final = "untracked"
 
 
 class Runtime:
@@ -47,18 +42,8 @@ class Runtime:
             is no such version.
         """
         self.participant = participant
-        self.schema = catalog.load(participant.type)
-        newest = self.schema.version if max_version is None else max_version
-        if newest not in self.schema.versions:
-            raise UsageError(
-                f"{participant.type} has no schema version {newest}",
-                remedy=f"give --max-version one of {', '.join(map(str, self.schema.versions))}",
-                device=participant.id,
-            )
-        #: The version it writes; all that it reads.
-        self.version = self.schema.at(newest)
-        self.readable = tuple(version for version in self.schema.versions if version <= newest)
-        self.tracker = _choose_tracker(participant, tracker)
+        self.format = StateFormat(participant.type, participant.id, max_version)
+        self.tracking = Tracking(participant, tracker)
         self._staged: dict[str, Any] | None = None
         self._applied = False
         participant.state = _S.STOP
@@ -118,6 +103,7 @@ class Runtime:
 
     def _begin_resuming(self, _: int) -> None:
         self.participant.reset()
+        self.participant._forget_edges()
         if self.participant.streamed is not None:
             self.participant.streamed.clear()
         self._staged, self._applied = None, False
@@ -135,6 +121,7 @@ class Runtime:
                 return False
             with self._blame("reset", Phase.RUNNING):
                 participant.reset()
+            participant._forget_edges()
             if participant.state is _S.ERROR:
                 participant.state = _S.STOP
             elif participant.streamed is not None and participant.state in SAVING_GROUP:
@@ -159,45 +146,18 @@ class Runtime:
             os.close(fd)
 
     def start_tracking(self) -> None:
-        """:raise TrackerError: it has no tracker, or writes memory that the tracker does not see."""
-        participant = self.participant
-        with participant.lock:
-            if self.tracker == UNTRACKED:
-                raise TrackerError(
-                    "it writes guest memory and has no dirty tracker",
-                    remedy='have the coordinator compare: tracker = "compare" in machine.toml',
-                    phase=Phase.PRECOPY,
-                    device=participant.id,
-                )
-            if participant.memory.has_private_windows:
-                raise TrackerError(
-                    "its VMM has mapped memory into it that is not the machine's, and writes there are not tracked",
-                    remedy="attach all of the machine's memory to every participant",
-                    phase=Phase.PRECOPY,
-                    device=participant.id,
-                )
-            if participant.memory.tracker is None:
-                tracker = participant.make_tracker(self.tracker)
-                tracker.attach(participant.memory.attached)
-                participant.memory.tracker = tracker
-            participant.memory.tracker.start()
+        with self.participant.lock:
+            self.tracking.start()
 
     def collect_dirty(self) -> tuple[int, int]:
         """A sealed memfd with a bit a page of attached memory, and how many are set. Get and clear."""
-        memory = self.participant.memory
         with self.participant.lock:
-            if memory.tracker is None:
-                raise self._refused("it does not track memory now", "start tracking first", Phase.PRECOPY)
-            dirty = DirtyBitmap(memory.attached.page_count)
-            memory.tracker.collect(dirty)
+            dirty = self.tracking.collect()
         return sealed_bytes(dirty.to_bytes(), "dirty"), dirty.count()
 
     def stop_tracking(self) -> None:
-        memory = self.participant.memory
         with self.participant.lock:
-            tracker, memory.tracker = memory.tracker, None
-            if tracker is not None:
-                tracker.close()
+            self.tracking.stop()
 
     # -- state out ---------------------------------------------------------------------------------------------------------
 
@@ -207,12 +167,12 @@ class Runtime:
         :raise DeviceRefused: it does not write that version, or has no state to give now.
         """
         with self.participant.lock:
-            return blob.write(self._writable(version), self.participant.id, self._values())
+            return self.format.write(self._values(), version)
 
     def save(self) -> bytes:
         """For QEMU, which carries one blob and nothing beside it."""
         self._refuse_if_streamed(Phase.SAVE)
-        return self.save_as(self.version.version)
+        return self.save_as(self.format.version.version)
 
     def fingerprint(self) -> bytes:
         """SHA-256 over the canonical state and what is streamed. :raise DeviceRefused: not stopped."""
@@ -224,29 +184,15 @@ class Runtime:
                     "stop it first",
                     Phase.SAVE,
                 )
-            return fingerprint(self.version.encode(self._values()), participant.streamed)
+            return fingerprint(self.format.encode(self._values()), participant.streamed)
 
-    def _writable(self, version: int) -> SchemaVersion:
-        if version != self.version.version:
-            raise self._refused(
-                f"it writes {self.schema.type} version {self.version.version}, not {version}",
-                "upgrade the destination, or start this process with --max-version",
-                Phase.SAVE,
-            )
-        return self.version
-
-    def _values(self) -> dict[str, Any]:
+    def _values(self) -> Mapping[str, Any]:
         if self.participant.state in (_S.ERROR, _S.RESUMING):
             raise self._refused(
                 f"it has no state to give in {self.participant.state}", "see its log", Phase.SAVE
             )
         with self._blame("save", Phase.SAVE):
-            values = self.participant.save()
-        if self.version is self.schema.at(self.schema.version):
-            return values
-        # As an older release: what that one did not have is not there to be sent.
-        known = {field.name for field in self.version.fields}
-        return {name: value for name, value in values.items() if name in known}
+            return self.participant.save()
 
     # -- state in -----------------------------------------------------------------------------------------------------------
 
@@ -303,22 +249,7 @@ class Runtime:
             )
 
     def _decode(self, data: bytes) -> dict[str, Any]:
-        header = blob.header_of(data)
-        if header.version not in self.readable and header.type == self.schema.type:
-            raise self._refused(
-                f"it reads {header.type} version {', '.join(map(str, self.readable))}, and the blob is version {header.version}",
-                "upgrade this side, or have the source write an older version",
-                Phase.LOAD,
-            )
-        if header.instance != self.participant.id:
-            raise self._refused(
-                f"the blob is the state of {header.instance!r}",
-                "see that both sides use the same ids",
-                Phase.LOAD,
-            )
-        version, values = blob.read(data, self.schema)
-        if version.version != self.schema.version:
-            values = self.schema.at(self.schema.version).defaults() | values
+        values = self.format.read(data)
         with self._blame("check", Phase.LOAD):
             self.participant.check(values)
         return values
@@ -355,10 +286,10 @@ class Runtime:
         finally:
             os.close(fd)
 
-    def _streamed(self, phase: Phase) -> Any:
+    def _streamed(self, phase: Phase) -> StreamedMemory:
         if self.participant.streamed is None:
             raise self._refused(
-                f"a {self.schema.type} has no streamed state", "see its property Streams", phase
+                f"a {self.participant.type} has no streamed state", "see its property Streams", phase
             )
         return self.participant.streamed
 
@@ -427,18 +358,3 @@ def _stopped_ns(options: Mapping[str, Any]) -> int:
             remedy="see docs/dbus/org.vmferry.Device1.xml",
         )
     return value
-
-
-def _choose_tracker(participant: Participant, wanted: str | None) -> str:
-    if not participant.writes_memory:
-        return "none"
-    if wanted == COMPARE:
-        return UNTRACKED
-    try:
-        return prove.choose(wanted)
-    except TrackerError as error:
-        if wanted is not None:
-            error.device = participant.id
-            raise
-        log.warning("event=untracked reason=%r", error.reason)
-        return UNTRACKED

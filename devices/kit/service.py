@@ -70,7 +70,9 @@ class Service:
     def names(self) -> tuple[str, ...]:
         """The well-known names to queue for, in this order: whoever finds the second finds the first as well."""
         # QEMU drops a helper with a larger state from its stream and loses the guest by it.
-        fits_qemu = not self._runtime.streams and self._runtime.version.max_size + _ENVELOPE <= MAX_BLOB
+        fits_qemu = (
+            not self._runtime.streams and self._runtime.format.version.max_size + _ENVELOPE <= MAX_BLOB
+        )
         return (DEVICE, VMSTATE) if fits_qemu else (DEVICE,)
 
     @property
@@ -79,23 +81,23 @@ class Service:
 
     @property
     def type(self) -> str:
-        return self._runtime.schema.type
+        return self._runtime.participant.type
 
     @property
     def schema_version(self) -> int:
-        return self._runtime.version.version
+        return self._runtime.format.version.version
 
     @property
     def readable_versions(self) -> Sequence[int]:
-        return self._runtime.readable
+        return self._runtime.format.readable
 
     @property
     def writable_versions(self) -> Sequence[int]:
-        return (self._runtime.version.version,)
+        return (self._runtime.format.version.version,)
 
     @property
     def schema_digest(self) -> bytes:
-        return self._runtime.version.digest
+        return self._runtime.format.version.digest
 
     @property
     def state(self) -> str:
@@ -103,7 +105,7 @@ class Service:
 
     @property
     def tracker(self) -> str:
-        return self._runtime.tracker
+        return self._runtime.tracking.name
 
     @property
     def streams(self) -> bool:

@@ -13,13 +13,14 @@ log = logging.getLogger(__name__)
 class Timer:
     """One periodic call; made by `Device.every`."""
 
-    __slots__ = ("action", "cancelled", "due", "seconds")
+    __slots__ = ("action", "cancelled", "due", "failed", "seconds")
 
     def __init__(self, seconds: float, action: Callable[[], None]) -> None:
         self.seconds = seconds
         self.action = action
         self.due = 0.0
         self.cancelled = False
+        self.failed = False
 
     def cancel(self) -> None:
         """No call begins after this (when called under the device's lock, as all of a device's methods are)."""
@@ -40,7 +41,7 @@ class Timers:
             raise ValueError(f"a period is more than 0 seconds, not {seconds}")
         timer = Timer(seconds, action)
         timer.due = time.monotonic() + seconds
-        self._timers.append(timer)
+        self._timers = [one for one in self._timers if not one.cancelled] + [timer]
         if self._running:
             self._wake()
         return timer
@@ -81,4 +82,7 @@ class Timers:
                 try:
                     timer.action()
                 except Exception:
-                    log.exception("event=timer-failed period=%s", timer.seconds)
+                    # Once: a timer that fails a thousand times a second would fill the disk.
+                    if not timer.failed:
+                        log.exception("event=timer-failed period=%s", timer.seconds)
+                    timer.failed = True

@@ -9,7 +9,7 @@ What Unicorn 2.1.4 really does, measured here (tests/unit/vcpu/test_engine.py ho
 - `emu_stop` in a callback for a device window leaves the program counter on the accessing instruction, which is then carried
   out again. So a stop there *refuses* the access: it is not carried out at all, and is when the guest goes on.
 - A count is ignored in code that was translated without one, so every slice has one.
-- An access of 8 bytes to a window arrives as two of 4, low half first.
+- An access of 8 bytes to a window arrives as two of 4, low half first. A stop between them carries out the first again.
 - In long mode without paging, which is what the guest gets, virtual addresses are physical ones.
 """
 
@@ -55,8 +55,6 @@ _PLAIN = {
 
 class GuestFault(DeviceError):
     """The guest did what the processor cannot carry on from: an invalid instruction, an address where nothing is."""
-
-    code = "GuestFault"
 
 
 class Engine:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import select
 
-from migrate.errors import FerryError
+from migrate.errors import DeviceRefused, Phase
 
 GPA = 0xFEE0_0000
 SIZE = 0x1000
@@ -27,13 +27,15 @@ PENDING, MASK, IDLE, EXIT = 0x00, 0x04, 0x08, 0x0C
 LONGEST_IDLE = 100_000
 
 
-class PoweredOff(FerryError):
-    """The guest wrote EXIT. Not a failure: the way out of the slice."""
-
-    code = "PoweredOff"
+class PoweredOff(DeviceRefused):
+    """The guest wrote EXIT: the way out of the slice, and the answer to who wants a vCPU that is off to do something."""
 
     def __init__(self, value: int) -> None:
-        super().__init__(f"the guest powered off with {value}")
+        super().__init__(
+            f"the guest has powered the machine off, with {value}",
+            remedy="start it again",
+            phase=Phase.RUNNING,
+        )
         self.value = value
 
 

@@ -29,6 +29,7 @@ class Runner:
         self._holds = 0
         self._executing = False
         self._closing = False
+        self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
         engine.stop_requested = True
 
@@ -38,14 +39,19 @@ class Runner:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="vcpu", daemon=True)
                 self._thread.start()
-            self._running = True
+            self._running, self._failure = True, None
             self._changed.notify_all()
 
     def rest(self) -> None:
-        """Execute nothing. :raise DeviceTimeout: the slice in progress does not end; it still will."""
+        """Execute nothing.
+
+        :raise DeviceTimeout: the slice in progress does not end; it still will. What ended the run, if anything did.
+        """
         with self._changed:
             self._running = False
             self._await_rest()
+            if self._failure is not None:
+                raise self._failure
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -63,13 +69,12 @@ class Runner:
                 self._changed.notify_all()
 
     def close(self) -> None:
+        """For good. Its thread may still be telling somebody of a failure; it touches the engine no more."""
         with self._changed:
             self._closing = True
             self._running = False
             self._await_rest()
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
 
     def _await_rest(self) -> None:
         self._engine.stop_requested = True
@@ -90,7 +95,7 @@ class Runner:
             with self._changed:
                 self._executing = False
                 if failure is not None:
-                    self._running = False
+                    self._running, self._failure = False, failure
                 self._changed.notify_all()
             if failure is not None:
                 self._failed(failure)

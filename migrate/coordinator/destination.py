@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import logging
 import secrets
+import socket
 import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,12 +27,13 @@ from migrate.coordinator.link import Link, PeerRejected
 from migrate.coordinator.outcome import Emit, wire_reasons
 from migrate.coordinator.pages_in import PageReceiver, PageSink
 from migrate.coordinator.participants import Participants
-from migrate.errors import ChannelClosed, FerryError, IncompatibleError, Phase, Reason, RemoteProtocolError
+from migrate.errors import FerryError, IncompatibleError, Phase, Reason, RemoteProtocolError, TransportError
 from migrate.memory import GuestMemory
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.states import Did, Role
-from migrate.transport import accept_control, accept_page
+from migrate.transport.control import Endpoint, accept_control, accept_page
+from migrate.transport.preamble import Kind, Preamble
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Spec:
     host_name: str
     incarnation: str
     peer: str
+    session: str  #: of the preamble, 32 hexadecimal characters
     credentials: dict[str, Any] | None = None
     hold: list[str] = field(default_factory=list)
 
@@ -65,7 +68,7 @@ class Host(Protocol):
     def free_bytes(self) -> int: ...
     async def incoming(self, machine: dict[str, Any], job: str, peer: str) -> str: ...
     async def ask(self, machine: str, job: str, epoch: int) -> str: ...
-    async def next_page(self) -> list[int]: ...
+    async def next_page(self) -> tuple[int, list[int]]: ...
 
 
 class DestinationMigration:
@@ -85,8 +88,12 @@ class DestinationMigration:
         self._pages: PageReceiver | None = None
         self._manifest: m.Manifest | None = None
         self._blobs: dict[str, bytes] = {}
+        self._staging: list[
+            asyncio.Future[None]
+        ] = []  #: participants validating their blobs, as these come in
         self._token = secrets.token_bytes(32)
         self._phase = Phase.PREFLIGHT
+        self._load_began = 0  #: monotonic ns of the first blob's arrival
         self._begun = False
         self._ready = False
         self._committing = False
@@ -112,7 +119,12 @@ class DestinationMigration:
     # -- the conversation --------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> dict[str, Any]:
-        stream = await accept_control(self._descriptors, self.credentials, timeout=HANDSHAKE_SECONDS)
+        stream = await accept_control(
+            endpoint(self._descriptors),
+            self._preamble(Kind.CONTROL, 0),
+            self.credentials,
+            timeout=HANDSHAKE_SECONDS,
+        )
         self._link = link = Link(stream, Role.DESTINATION, pages=self._inline)
         hello = await link.expect(m.Hello, timeout=HANDSHAKE_SECONDS)
         await link.send(
@@ -137,6 +149,10 @@ class DestinationMigration:
             await self._discard("only a check was asked for")
             return {"outcome": "checked", "running_on": "source", "exit_code": 0}
         return await self._receive(first)
+
+    def _preamble(self, kind: Kind, index: int) -> Preamble:
+        """What the daemon read before it handed the connection on; inside TLS the peer has to confirm it."""
+        return Preamble(kind, index, bytes.fromhex(self.spec.session))
 
     async def _answer(self, question: m.Ask) -> dict[str, Any]:
         """A source in doubt asks who runs its machine."""
@@ -211,9 +227,13 @@ class DestinationMigration:
         assert link is not None and self._pages is not None
         seen: set[int] = set()
         while len(seen) < count:
-            descriptors = await self.host.next_page()
+            index, descriptors = await self.host.next_page()
             channel = await asyncio.to_thread(
-                accept_page, descriptors, self.credentials, timeout=HANDSHAKE_SECONDS
+                accept_page,
+                endpoint(descriptors),
+                self._preamble(Kind.PAGE, index),
+                self.credentials,
+                timeout=HANDSHAKE_SECONDS,
             )
             try:
                 channel.set_deadline(HANDSHAKE_SECONDS)
@@ -258,10 +278,11 @@ class DestinationMigration:
             elif isinstance(message, m.Rehearse):
                 await self._rehearse(message)
             elif isinstance(message, m.State):
-                self._phase = Phase.LOAD
+                if self._phase is not Phase.LOAD:
+                    self._phase, self._load_began = Phase.LOAD, time.monotonic_ns()
                 self._require_device(message.device)
                 self._blobs[message.device] = message.blob
-                await parts.stage(message.device, message.blob)
+                self._staging.append(asyncio.ensure_future(parts.stage(message.device, message.blob)))
             elif isinstance(message, m.Stopped):
                 return message
             else:
@@ -290,14 +311,14 @@ class DestinationMigration:
         link, parts, pages = self._link, self._parts, self._pages
         assert link is not None and parts is not None and pages is not None and self._manifest is not None
         self._enter(Phase.LOAD)
-        began = time.monotonic_ns()
         await self.hold.at("loading")
         digests = await link.during(asyncio.wait_for(pages.round_ended(stopped.n), ROUND_SECONDS))
         check_arrival(stopped, digests, self._blobs, list(parts.by_id))
+        await link.during(self._all_staged())  # all are valid before one is applied
         times = await link.during(parts.apply(self._blobs))
         await parts.supervisor.ready(self._manifest.job)
         self._ready = True
-        await link.send(m.Ready(times.devices, time.monotonic_ns() - began))
+        await link.send(m.Ready(times.devices, time.monotonic_ns() - self._load_began))
         self.emit({"event": "phase", "phase": "ready"})
         await pages.close()  # no page is written any more, whatever a source may still send
         await self.hold.at("ready")
@@ -307,6 +328,13 @@ class DestinationMigration:
                 await link.send(await self._verify(message))
             elif isinstance(message, m.Commit):
                 return await self._commit(message)
+
+    async def _all_staged(self) -> None:
+        """:raises FerryError: the first participant's refusal, once all have answered."""
+        results = await asyncio.gather(*self._staging, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def _verify(self, message: m.Verify) -> m.Verified:
         """Compare the source's digests with ours, and what its devices saved with what ours save before they run."""
@@ -354,7 +382,9 @@ class DestinationMigration:
         await self.hold.at("committed")
         try:
             await link.send(m.Running(times["commit_ns"], times["resume_ns"]))
-            await link.closed(timeout=5.0)  # the source closes once it has heard; closing first could lose the message
+            await link.closed(
+                timeout=5.0
+            )  # the source closes once it has heard; closing first could lose the message
         except FerryError as error:
             log.warning("event=running-not-heard error=%s", error)  # it will ask
         return {"outcome": "completed", "running_on": "destination", "exit_code": 0}
@@ -369,7 +399,7 @@ class DestinationMigration:
         """Tell the source why, if it can still hear; end the incoming machine, unless it is READY and must be kept."""
         reasons = error.reasons()
         refused = isinstance(error, IncompatibleError)
-        lost = isinstance(error, ChannelClosed)
+        lost = isinstance(error, TransportError)
         told = self._committing or isinstance(error, PeerRejected)
         if self._link is not None and not self._link.broken and not told:
             try:
@@ -411,11 +441,22 @@ class DestinationMigration:
             self._memory = None
 
     async def _clean_up(self) -> None:
+        for staging in self._staging:
+            staging.cancel()
+        await asyncio.gather(*self._staging, return_exceptions=True)
         if self._link is not None:
             await self._link.close()
         await self._release_memory()
         if self._bus is not None:
             await self._bus.close()
+
+
+def endpoint(descriptors: list[int]) -> Endpoint:
+    """One socket, or the read and write ends of two pipes."""
+    if len(descriptors) == 1:
+        return socket.socket(fileno=descriptors[0])
+    read_fd, write_fd = descriptors
+    return read_fd, write_fd
 
 
 def read_join(recv_into: Any) -> m.Join:

@@ -12,17 +12,19 @@ from migrate.coordinator.pages_out import Channel
 from migrate.errors import ChannelClosed, FerryError, Phase, UsageError
 from migrate.protocol import frames
 from migrate.protocol import messages as m
-from migrate.transport import Credentials, LocalDestination, dial_control, dial_page, load_credentials, parse
-from migrate.transport.control import ControlStream
+from migrate.transport import tls
+from migrate.transport.control import dial_control, dial_page
+from migrate.transport.stream import ControlStream
+from migrate.transport.uri import LocalDestination, parse
 
 DIAL_SECONDS = 15.0
 #: A page channel on which nothing moves for this long is broken, s.
 STALL_SECONDS = 30.0
 
 
-def credentials_of(spec: dict[str, Any] | None) -> Credentials | None:
+def credentials_of(spec: dict[str, Any] | None) -> tls.Credentials | None:
     """A host's certificates, as the daemon names them: {"directory", "allow"}."""
-    return None if spec is None else load_credentials(Path(spec["directory"]), spec.get("allow", ()))
+    return None if spec is None else tls.load(Path(spec["directory"]), spec.get("allow", ()))
 
 
 class Dialler:

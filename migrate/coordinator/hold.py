@@ -20,6 +20,10 @@ class Hold:
         self._emit = emit
         self._go_on = asyncio.Event()
 
+    def wants_round_after(self, number: int) -> bool:
+        """Is there a later round to wait at? Then pre-copy goes on until it, converged or not."""
+        return any(point.startswith("round:") and int(point[6:]) > number for point in self._points)
+
     def go_on(self) -> None:
         self._go_on.set()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from migrate.errors import BusError, ChannelClosed, FerryError, Phase, Reason, UsageError
 from migrate.machine import hostconfig
+from migrate.transport import preamble
 
 MAX_PACKET = 256 << 10
 MAX_DESCRIPTORS = 4
@@ -31,7 +32,7 @@ class HostLine:
             asyncio.get_running_loop().create_future()
         )
         self._answers: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._pages: asyncio.Queue[list[int]] = asyncio.Queue()
+        self._pages: asyncio.Queue[tuple[int, list[int]]] = asyncio.Queue()
         self._asking = asyncio.Lock()
         self._host: hostconfig.HostConfig | None = None
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._readable)
@@ -53,9 +54,10 @@ class HostLine:
             return
         packet = json.loads(data)
         if "spec" in packet:
-            self._spec.set_result((packet["spec"], list(descriptors)))
+            session = preamble.decode(bytes.fromhex(packet["preamble"])).session.hex()
+            self._spec.set_result(({**packet["spec"], "session": session}, list(descriptors)))
         elif "page" in packet:
-            self._pages.put_nowait(list(descriptors))
+            self._pages.put_nowait((int(packet["page"]), list(descriptors)))
         elif "cmd" in packet:
             self._on_command(packet["cmd"])
         else:
@@ -117,5 +119,5 @@ class HostLine:
         answer = await self._want({"want": "ask", "machine": machine, "job": job, "epoch": epoch})
         return str(answer["answer"])
 
-    async def next_page(self) -> list[int]:
+    async def next_page(self) -> tuple[int, list[int]]:
         return await self._pages.get()

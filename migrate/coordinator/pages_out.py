@@ -120,7 +120,7 @@ class PageSender:
             copy = np.empty((count, PAGE_SIZE // 8), np.uint64)
             self.memory.gather(PageRuns([(first, count)]), copy)
             data, zero = self._plan.plan_copy(first, copy)
-            self.compare.record(first, copy)
+            self.compare.record(first, copy.data)
             if len(data):
                 yield Item(Kind.PAGES, data, copy[data.pages_array() - first])
             if len(zero):

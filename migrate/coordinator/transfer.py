@@ -74,7 +74,7 @@ class Transfer:
                     device=policy.slowest if policy.overhead_ms > policy.limit_ms else None,
                     remedy="raise --downtime, add --connections, or slow the guest down",
                 )
-            if decision.verdict is Verdict.SWITCH_OVER:
+            if decision.verdict is Verdict.SWITCH_OVER and not self.hold.wants_round_after(number):
                 return
 
     async def _round(

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
-from migrate.errors import FerryError, Phase, UsageError
+from migrate.errors import FerryError, LedgerError, Phase, UsageError
 from migrate.host.jobs import Job, Jobs, Kind
 from migrate.host.machines import Machines
 from migrate.machine import ledger
@@ -65,6 +65,25 @@ class Doubt:
 
         if job.machine not in self._timers:
             self._timers[job.machine] = asyncio.get_running_loop().call_later(pause, again)
+
+    def without_supervisor(self) -> list[dict[str, Any]]:
+        """What `ferry list` says of machines that are in doubt and have no supervisor any more."""
+        found = []
+        for name in ledger.machines(self._machines.host.directory):
+            if self._machines.get(name) is not None:
+                continue
+            try:
+                commit = self.commit_of(name)
+            except LedgerError as error:
+                found.append({"name": name, "state": "unknown", "detail": str(error), "pid": 0})
+                continue
+            if commit is not None:
+                detail = f"COMMIT was sent to {commit.peer}; it has not answered. The machine's memory is gone here"
+                found.append(
+                    {"name": name, "state": str(_S.IN_DOUBT), "detail": detail, "pid": 0}
+                    | {"job": commit.job, "epoch": commit.epoch, "peer": commit.peer}
+                )
+        return found
 
     def commit_of(self, name: str) -> Record | None:
         """The COMMIT that a machine is in doubt about; None where it is not.
@@ -168,4 +187,3 @@ def answer_of_ledger(host: Machines, machine: str, job: str, epoch: int) -> str:
         return "aborted"
     finally:
         written.close()
-

@@ -88,6 +88,7 @@ class Jobs:
         self.command = tuple(command)
         self._emit, self._conclude, self._on_end = emit, conclude, on_end
         self._active: dict[str, Job] = {}  # by job
+        self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- looking ---------------------------------------------------------------------------------------------------------
@@ -128,6 +129,8 @@ class Jobs:
         :raises UsageError: if a job of this machine goes on.
         """
         self.require_free(machine)
+        if self._stopping:
+            raise FerryError("this host's daemon is ending", remedy="try again when it is back")
         name = secrets.token_hex(16)
         job = self._open(name, kind, machine, to, of)
         word = "recover" if kind is Kind.RECOVER else "source"
@@ -193,9 +196,7 @@ class Jobs:
             os.close(stdin)
             os.close(stderr)
         job.process = Watched(child.pid, child)
-        job.journal.append(
-            {"event": "started", "pid": child.pid, "start_time": start_time(child.pid)}
-        )
+        job.journal.append({"event": "started", "pid": child.pid, "start_time": start_time(child.pid)})
 
     def _pipe(self, job: Job) -> Path:
         return self.directory / f"{job.id}.in"
@@ -220,9 +221,9 @@ class Jobs:
         job = Job(name, Kind(first["kind"]), first["machine"], first["to"], self._journal(name))
         self._active[name] = job
         job.journal.pump()
-        started = next((json.loads(line) for line in before.lines if '"started"' in line), {})
-        pid = int(started.get("pid", 0))
-        if pid and start_time(pid) == started["start_time"]:
+        started = [(event["pid"], event["start_time"]) for event in before.of_kind("started")]
+        pid, began = started[0] if started else (0, 0)
+        if pid and start_time(pid) == began:
             try:
                 job.process = Watched(pid)
                 job.commands = os.open(self._pipe(job), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -296,6 +297,7 @@ class Jobs:
 
     async def stop(self) -> None:
         """The daemon ends: what can be taken back is, and waited for; no coordinator of ours is left."""
+        self._stopping = True
         jobs = [job for job in self._active.values() if job.kind is not Kind.INCOMING]
         for job in jobs:
             if job.kind is Kind.RECOVER and job.process is not None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from migrate.bus import Bus
 from migrate.bus.supervisor import INTERFACE, NAME, SupervisorClient
-from migrate.errors import BusError, DeviceTimeout, FerryError, Phase, UsageError
+from migrate.errors import BusError, DeviceGone, DeviceTimeout, FerryError, Phase, UsageError
 from migrate.host.watched import Watched
 from migrate.machine import launcher
 from migrate.machine.children import last_line
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 
 S = MachineState
 #: States that end by themselves: what follows on the end of a job is not decided yet.
-UNSETTLED: Final = frozenset(
-    {S.OUTGOING, S.STOPPED, S.READY, S.COMMITTED, S.STARTING, S.INCOMING, S.ENDED}
-)
+UNSETTLED: Final = frozenset({S.OUTGOING, S.STOPPED, S.READY, S.COMMITTED, S.STARTING, S.INCOMING, S.ENDED})
 #: How long a supervisor may take to end all of its processes once it is told to, s.
 QUIT_SECONDS: Final = 30.0
 #: How long a supervisor whose bus was lost is looked for between two attempts, s.
 LOOK_AGAIN_SECONDS: Final = 0.5
+#: How long an adopted supervisor may wait for the coordinator that it was started for, s.
+ORPHAN_SECONDS: Final = 120.0
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +99,9 @@ class Machines:
         machine = self._machines.get(name)
         if machine is not None:
             try:
-                await machine.supervisor.describe()  # what it signalled before is heard before this is answered
+                await (
+                    machine.supervisor.describe()
+                )  # what it signalled before is heard before this is answered
             except FerryError as error:
                 log.info("event=settle machine=%s why=%s", name, error)
         try:
@@ -129,24 +131,38 @@ class Machines:
         launched = await launcher.launch(self.host, config, incoming=incoming, fresh=fresh)
         try:
             return await self._connect(config.name, launched.address, launched.child)
-        except FerryError:
+        except BaseException:  # also where the daemon ends at this moment
             launched.child.terminate()
-            await asyncio.to_thread(launched.child.wait)
             raise
 
     async def adopt(self) -> None:
         """Find the supervisors that an earlier daemon left running."""
-        for name, socket in launcher.running(self.host).items():
-            try:
-                await self._connect(name, _address(socket), None)
-            except FerryError as error:  # the socket of a supervisor that was killed
-                log.info("event=not-adopted machine=%s why=%s", name, error)
-            else:
-                log.info("event=adopted machine=%s", name)
+        found = launcher.running(self.host)
+        await asyncio.gather(*(self._adopt(name, socket) for name, socket in found.items()))
 
-    async def _connect(
-        self, name: str, address: str, child: subprocess.Popen[bytes] | None
-    ) -> Machine:
+    async def _adopt(self, name: str, socket: Path) -> None:
+        try:
+            machine = await self._connect(name, _address(socket), None)
+        except DeviceGone:  # its bus is there and it is not on it: it is being built
+            self._spawn(self._adopt_later(name, socket))
+        except FerryError as error:  # the socket of a supervisor that was killed
+            log.info("event=not-adopted machine=%s why=%s", name, error)
+        else:
+            log.info("event=adopted machine=%s", name)
+            if machine.state == S.STARTING:
+                self._spawn(self._end_if_orphaned(machine))
+
+    async def _adopt_later(self, name: str, socket: Path) -> None:
+        await asyncio.sleep(LOOK_AGAIN_SECONDS)
+        await self._adopt(name, socket)
+
+    async def _end_if_orphaned(self, machine: Machine) -> None:
+        """One that was started to receive a machine, and whose coordinator died with the daemon before it said so."""
+        if not await machine.process.wait(ORPHAN_SECONDS) and machine.state == S.STARTING:
+            log.warning("event=orphan machine=%s", machine.name)
+            await self.stop(machine.name, force=True)
+
+    async def _connect(self, name: str, address: str, child: subprocess.Popen[bytes] | None) -> Machine:
         bus = await Bus.connect(address)
         try:
             pid = await bus.pid_of(NAME)
@@ -160,11 +176,7 @@ class Machines:
         machine = Machine(name, address, bus, SupervisorClient(bus), process)
         self._machines[name] = machine
         self._spawn(self._watch(machine))
-        try:
-            await self._listen(machine)
-        except FerryError:
-            self._forget(machine)
-            raise
+        await self._listen(machine)
         return machine
 
     async def _listen(self, machine: Machine) -> None:
@@ -176,8 +188,12 @@ class Machines:
         bus = machine.bus
         await bus.on_signal(INTERFACE, "Changed", changed)
         bus.on_disconnect(lambda: self._spawn(self._reconnect(machine, bus)))
-        found = await machine.supervisor.describe()
-        self._enter(machine, str(found["state"]), str(found["detail"]))
+        try:
+            found = await machine.supervisor.describe()
+        except FerryError as error:  # it lives, so it is shown; a change will tell its state
+            self._enter(machine, "unknown", str(error))
+        else:
+            self._enter(machine, str(found["state"]), str(found["detail"]))
 
     async def _reconnect(self, machine: Machine, lost: Bus) -> None:
         """The bus went and the supervisor did not: it will bring the bus back at the same path."""
@@ -263,8 +279,14 @@ class Machines:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        async def logged() -> None:
+            try:
+                await work
+            except FerryError as error:
+                log.error("event=background error=%s", error)
+
+        task = asyncio.get_running_loop().create_task(logged())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -38,11 +38,12 @@ async def conclude(job: Job, machines: Machines) -> dict[str, Any]:
     end = _end_of(job.kind, said, machine.state if machine is not None else None)
     running_on, exit_code, remedy = _ENDS[end]
     log = machines.host.directory / "jobs" / f"{job.id}.log"
+    where = str(log) if log.exists() else "the daemon's log"
     reason = Reason(
         None,
         job.journal.last_phase or str(Phase.PRECOPY),
         f"the coordinator of the migration {job.how_it_ended()}",
-        remedy.format(log=log, machine=job.machine),
+        remedy.format(log=where, machine=job.machine),
     )
     return outcome(
         job,
@@ -63,9 +64,7 @@ def _end_of(kind: Kind, said: set[Entry], state: str | None) -> str:
     return "lost" if state in (None, MachineState.FAILED) else "aborted"
 
 
-def outcome(
-    job: Job, word: str, running_on: str, exit_code: int, reasons: list[Reason]
-) -> dict[str, Any]:
+def outcome(job: Job, word: str, running_on: str, exit_code: int, reasons: list[Reason]) -> dict[str, Any]:
     """An outcome as a coordinator gives it, with everything unknown that only it would know."""
     rounds = [event for event in job.journal.of_kind("round") if "bytes" in event]
     return {

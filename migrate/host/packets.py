@@ -77,10 +77,10 @@ class Packets:
         return packet, fds
 
     async def _ready(self, add: Any, remove: Any) -> None:
-        future = self._loop.create_future()
-        add(self._sock, lambda: future.done() or future.set_result(None))
+        ready = asyncio.Event()
+        add(self._sock, ready.set)
         try:
-            await future
+            await ready.wait()
         finally:
             remove(self._sock)
 

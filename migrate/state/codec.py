@@ -66,7 +66,7 @@ class Codec:
             return msgpack.unpackb(
                 data, max_array_len=longest, ext_hook=_no_extension, **self._others, **hooks
             )
-        except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
+        except (msgpack.UnpackException, ValueError) as error:
             # msgpack's own text may quote the data, which is a guest's; the name of its class says enough.
             what = type(error).__name__
             raise Wrong(

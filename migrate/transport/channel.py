@@ -136,7 +136,7 @@ class ByteChannel(ABC):
     def explain(self, error: OSError | None) -> TransportError:
         """In words; None stands for the end of the stream. May take half a second (see `Command.complaint`)."""
         if self._aborted or self._closed:
-            return ChannelClosed(f"the connection with {self.label} was given up by this side")
+            return sockets.given_up(self.label)
         if error is None or isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
             return sockets.closed(self.label)
         return sockets.broken(error, self.label)

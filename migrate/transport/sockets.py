@@ -136,3 +136,7 @@ def closed(label: str) -> ChannelClosed:
     return ChannelClosed(
         f"{label} closed the connection", remedy="look at its log: it, or its host, may have died"
     )
+
+
+def given_up(label: str) -> ChannelClosed:
+    return ChannelClosed(f"the connection with {label} was given up by this side")

@@ -1,7 +1,7 @@
 """The asyncio stream that carries control frames, over any kind of channel. It knows no frames.
 
-Not asyncio's own streams: here TLS, sockets and pipes are the channels that page threads use too, with one table of errors, and every wait
-has its deadline.
+Not asyncio's own streams: here TLS, sockets and pipes are the channels that page threads use too, with one table of
+errors, and every wait has its deadline.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from migrate.errors import ChannelClosed, TransportError
+from migrate.transport import sockets
 from migrate.transport.channel import Buffer, ByteChannel, PipeChannel
 
 _READ_SIZE = 64 << 10
@@ -113,7 +114,7 @@ class ControlStream:
         await asyncio.sleep(0)
         while True:
             if self._closed:
-                raise self._channel.explain(None)
+                raise sockets.given_up(self.label)
             try:
                 count = self._channel.send_some([view]) if writing else self._channel.recv_some(view)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:

@@ -189,11 +189,16 @@ def _parse_query(text: str, query: str) -> str:
             f"{key!r} is not an option here",
             "the only one is ?name=, the name in the peer's certificate",
         )
-    if not (_NAME.fullmatch(name) or _is_ip(name, 6)):
+    if not is_name(name):
         _refuse(
             text, f"{name!r} is not a name that a certificate can have", "write it like ?name=hostb.example"
         )
     return name
+
+
+def is_name(text: str) -> bool:
+    """Whether this can be a host's name in a certificate: a DNS name without wildcards, or an IP address."""
+    return bool(_NAME.fullmatch(text)) or _is_ip(text, 6)
 
 
 def _is_ip(text: str, version: int) -> bool:

@@ -7,6 +7,7 @@ or a broken connection the client is of no use any more (a late reply could be t
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import socket
@@ -23,14 +24,10 @@ from devices.protocols.vfio_user.messages import (
     ERROR,
     HEADER,
     HEADER_SIZE,
-    MAJOR,
-    MINOR,
-    OURS,
     REPLY,
     TYPE_MASK,
     UNMAP_ALL,
     Buffer,
-    Capabilities,
     Command,
     DeviceInfo,
     DmaFlags,
@@ -40,9 +37,9 @@ from devices.protocols.vfio_user.messages import (
     IrqSet,
     RegionInfo,
     SetIrqs,
-    Version,
     decode_data,
 )
+from devices.protocols.vfio_user.version import MAJOR, MINOR, OURS, Capabilities, Version
 from migrate.errors import DeviceGone, DeviceRefused, DeviceTimeout, FerryError, Phase
 
 #: Seconds for one call. A device answers in microseconds; while it is being saved, in milliseconds.
@@ -124,6 +121,9 @@ class Client:
     def close(self) -> None:
         self._dead = self._dead or "this side has closed the connection"
         self._assembler.close()
+        with contextlib.suppress(OSError):
+            # Wakes a call that another thread is waiting in.
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def __enter__(self) -> Self:

@@ -18,15 +18,11 @@ from devices.protocols.vfio_user.messages import (
     ERROR,
     HEADER,
     HEADER_SIZE,
-    MAJOR,
     MAX_DMA_MAPS,
-    MINOR,
     NO_REPLY,
-    OURS,
     REPLY,
     TYPE_MASK,
     UNMAP_ALL,
-    Capabilities,
     Command,
     DeviceFlags,
     DeviceInfo,
@@ -39,12 +35,12 @@ from devices.protocols.vfio_user.messages import (
     RegionInfo,
     RequestError,
     SetIrqs,
-    Version,
     decode_data,
     decode_read,
     invalid,
     refused,
 )
+from devices.protocols.vfio_user.version import MAJOR, MINOR, OURS, Capabilities, Version
 
 log = logging.getLogger(__name__)
 

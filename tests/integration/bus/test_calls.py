@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from migrate.bus import Bus, Call, Interface, Method, PrivateBus, Signal
+from migrate.bus.messages import Message
 from migrate.errors import (
     BlobError,
     BusError,
@@ -99,6 +100,53 @@ def test_an_answer_that_comes_too_late_has_its_descriptors_closed(on_bus: OnBus)
             await cancelled
         await server.close()
         await client.close()  # and on_bus sees no descriptor left
+
+    on_bus(scenario)
+
+
+def test_an_answer_in_the_moment_of_a_cancellation_has_its_descriptors_closed(on_bus: OnBus) -> None:
+    async def scenario(private: PrivateBus) -> None:
+        async def give(_call: Call) -> int:
+            return os.memfd_create("given")
+
+        server, client = await two(private, serving(give, gives="h"))
+        call = asyncio.create_task(client.call(server.unique_name, "/x", NAME, "Do", timeout=5))
+        deliver = client._on_message
+
+        def deliver_and_cancel(message: Message) -> None:
+            deliver(message)
+            if message.fds:
+                call.cancel()
+
+        client._link._on_message = deliver_and_cancel
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await server.close()
+        await client.close()  # and on_bus sees no descriptor left
+
+    on_bus(scenario)
+
+
+def test_a_handler_that_was_not_entered_when_we_close_leaves_no_descriptor(on_bus: OnBus) -> None:
+    async def scenario(private: PrivateBus) -> None:
+        async def keep(_call: Call, _fd: int) -> None:
+            await asyncio.Event().wait()
+
+        server, client = await two(private, serving(keep, "h"))
+        deliver = server._on_message
+        closing: list[asyncio.Task[None]] = []
+
+        def close_and_deliver(message: Message) -> None:
+            closing.append(asyncio.create_task(server.close()))
+            deliver(message)
+
+        server._link._on_message = close_and_deliver
+        fd = os.memfd_create("x")
+        with pytest.raises(DeviceGone):
+            await client.call(server.unique_name, "/x", NAME, "Do", "h", [fd], timeout=5)
+        os.close(fd)
+        await asyncio.gather(*closing)
+        await client.close()
 
     on_bus(scenario)
 

@@ -274,6 +274,23 @@ def test_all_participants_are_found_typed_opaque_and_those_qemu_must_not_see(on_
     on_bus(scenario)
 
 
+def test_a_process_that_ends_while_it_is_asked_is_left_out(
+    on_bus: OnBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(private: PrivateBus) -> None:
+        bus, lamp = await Bus.connect(private.address), await plug_in(private, Lamp("stays"))
+        owners = bus.queued_owners
+
+        async def owners_of_a_moment_ago(name: str) -> list[str]:
+            return [":1.999", *await owners(name)]
+
+        monkeypatch.setattr(bus, "queued_owners", owners_of_a_moment_ago)
+        assert set(await discover(bus)) == {"stays"}
+        await unplug(lamp, bus)
+
+    on_bus(scenario)
+
+
 def test_two_processes_with_one_id_are_refused_and_both_named(on_bus: OnBus) -> None:
     async def scenario(private: PrivateBus) -> None:
         bus = await Bus.connect(private.address)

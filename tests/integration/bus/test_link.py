@@ -84,6 +84,7 @@ def test_a_peer_that_says_more_than_it_was_asked_is_an_error_at_once(short_dir: 
     async def chat(peer: socket.socket) -> None:
         await asyncio.get_running_loop().sock_recv(peer, 100)
         await asyncio.get_running_loop().sock_sendall(peer, b"OK 1234\r\nAGREE_UNIX_FD\r\nmore")
+        await asyncio.Event().wait()
 
     assert against(short_dir, chat) < 0.4
 

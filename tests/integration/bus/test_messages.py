@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message as TheirMessage
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from migrate.bus import library
@@ -24,8 +25,11 @@ from migrate.bus.messages import (
     encode_header,
     frame_length,
 )
+from migrate.bus.service import take_fds
 from migrate.errors import LocalProtocolError, RemoteProtocolError
 
+# The machine that runs this may be busy: how long an example takes is no finding.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 words = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,20}", fullmatch=True)
 dotted = st.lists(words, min_size=2, max_size=4).map(".".join)
 paths = st.lists(words, max_size=4).map(lambda parts: "/" + "/".join(parts))
@@ -59,6 +63,7 @@ def bodies(draw: st.DrawFn) -> tuple[str, list[Any]]:
     return "".join(signature for signature, _ in chosen), [draw(values) for _, values in chosen]
 
 
+@patient
 @given(bodies())
 def test_a_body_comes_back_as_it_was_sent(sent: tuple[str, list[Any]]) -> None:
     signature, body = sent
@@ -67,6 +72,7 @@ def test_a_body_comes_back_as_it_was_sent(sent: tuple[str, list[Any]]) -> None:
     )
 
 
+@patient
 @given(paths, dotted, words, bodies(), serials)
 def test_the_library_reads_our_calls_as_we_meant_them(
     path: str, interface: str, member: str, body: tuple[str, list[Any]], serial: int
@@ -85,6 +91,7 @@ def test_the_library_reads_our_calls_as_we_meant_them(
     )
 
 
+@patient
 @given(serials, serials, dotted, bodies())
 def test_the_library_reads_our_replies_and_errors_as_we_meant_them(
     serial: int, answers: int, name: str, body: tuple[str, list[Any]]
@@ -100,6 +107,7 @@ def test_the_library_reads_our_replies_and_errors_as_we_meant_them(
         assert theirs.error_name == (name if kind is Kind.ERROR else None)
 
 
+@patient
 @given(paths, dotted, words, texts, serials)
 def test_we_read_the_library_s_messages_as_it_meant_them(
     path: str, interface: str, member: str, text: str, serial: int
@@ -140,6 +148,7 @@ def test_variants_are_plain_values_when_they_arrive() -> None:
     assert library.decode_body("a{sv}", encoded, False) == [{"list": ["a"], "number": 5, "nested": ["a"]}]
 
 
+@patient
 @given(st.binary(min_size=FIXED, max_size=300))
 def test_no_bytes_make_the_header_reader_fail_in_a_way_of_its_own(noise: bytes) -> None:
     for start in (noise[:4], b"l\x01\x00\x01", b"B\x02\x00\x01"):
@@ -157,6 +166,25 @@ def test_a_field_nobody_knows_is_passed_over() -> None:
     fields = unknown + bytes((3, 1, ord("s"), 0)) + struct.pack("<I", 4) + b"Ping\0"
     header = struct.pack("<cBBBIII", b"l", 1, 0, 1, 0, 5, len(fields)) + fields + bytes(-len(fields) % 8)
     assert read(header).fields.member == "Ping"
+
+
+def test_a_body_is_not_taken_for_the_header_s_first_field() -> None:
+    body = bytes((5, 1, ord("u"), 0, 9, 0, 0, 0))
+    message = read(struct.pack("<cBBBIII", b"l", 2, 1, 1, len(body), 5, 0) + body)
+    assert (message.reply_serial, message.fields, message.body) == (0, Fields(), body)
+
+
+@pytest.mark.parametrize(
+    ("signature", "values", "why"),
+    [("hh", [0, 0], "each of its own"), ("ah", [[0]], "plain arguments"), ("h", [1], "did not come")],
+)
+def test_descriptors_that_are_named_in_an_odd_way_are_refused(
+    signature: str, values: list[Any], why: str
+) -> None:
+    message = Message(1, 0, 1, 0, Fields(signature=signature), b"", False, [os.memfd_create("x")])
+    with pytest.raises(RemoteProtocolError, match=why):
+        take_fds(signature, values, message)
+    message.close_fds()
 
 
 def test_a_length_is_refused_before_anything_of_it_is_read() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from devices.protocols.vfio_user.client import RequestRefused
 from migrate.bus import Bus
-from migrate.errors import DeviceError, DeviceRefused, TrackerError
+from migrate.errors import DeviceRefused, MemoryFault, TrackerError
 from migrate.memory.addresses import GuestAddress
 from migrate.memory.bitmap import DirtyBitmap
 from migrate.memory.memfd import create_memfd, read_sealed
@@ -188,7 +188,7 @@ def test_memory_that_is_no_sealed_memfd_or_too_short_is_refused(machines):
             for fd, size in ((bare, 4096), (short, 8192)):
                 with pytest.raises(RequestRefused, match="EINVAL"):
                     vmm.dma_map(0, size, fd)
-                with pytest.raises(DeviceError):
+                with pytest.raises(MemoryFault):
                     await counter.bus.attach_memory(0, size, fd, 0)
             vmm.dma_map(0, 4096, short)
         os.close(bare)

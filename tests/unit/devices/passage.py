@@ -50,6 +50,12 @@ def carry(payload: bytes, destination: Device) -> None:
     destination.load(state)
 
 
+def live_timers(device: Device) -> int:
+    """How many wake its process up."""
+    with device.lock:
+        return sum(not timer.cancelled for timer in device._timers._timers)
+
+
 class Edges:
     """The VMM's end of an interrupt: a real eventfd, and how often it was signalled."""
 

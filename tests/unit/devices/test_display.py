@@ -92,13 +92,14 @@ def checksum(device: Display, x: int, y: int, w: int, h: int) -> int:
 
 
 def stream(source: Display, destination: Display) -> int:
-    """Everything that is to be sent right now; pages of data that went."""
+    """Everything that is to be sent right now; how many pages went."""
     pages = 0
     while True:
         chunk, _ = source.vram.read_chunk(1 << 20)
         if not chunk:
             return pages
-        pages += int.from_bytes(chunk[24:32], "little")
+        runs = np.frombuffer(chunk, "<u4", 4 * int.from_bytes(chunk[8:12], "little"), 32)
+        pages += int(runs[2::4].sum())
         destination.vram.write_chunk(chunk)
 
 

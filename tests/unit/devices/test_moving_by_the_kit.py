@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from passage import run, runtime
+from passage import payload_of, run, runtime
 
 from devices.display import COMMAND, FILL, Display
 from devices.kit import Device
@@ -32,6 +32,69 @@ USE: dict[str, list[tuple[int, int, int]]] = {
     "display": [(0x24, 4, 100), (0x20, 4, 1024), (0x30, 4, 0xFF0000FF), (COMMAND, 4, FILL)],
 }
 
+#: Of each a state in which every field differs from that after a reset.
+FULL: dict[str, dict[str, object]] = {
+    "uart16550": {
+        "ier": 0x0F,
+        "iir_thre_pending": True,
+        "fcr": 0x89,
+        "lcr": 0x9B,
+        "mcr": 0x1A,
+        "lsr_errors": 0x02,
+        "msr": 0x95,
+        "scr": 0x5A,
+        "dll": 0x34,
+        "dlm": 0x12,
+        "rx_fifo": b"received",
+        "tx_fifo": b"not yet sent",
+        "rx_trigger": 8,
+        "rx_timeout_pending": True,
+        "irq_raised": True,
+    },
+    "rtc": {
+        "guest_ns": 1_700_000_000_123_456_789,
+        "mono_ns": 98765,
+        "alarm_ns": 2**64 - 1,
+        "alarm_enabled": True,
+        "irq_pending": True,
+        "scratch": 2**63,
+        "time_high": 3,
+        "mono_high": 4,
+    },
+    "display": {
+        "width": 640,
+        "height": 480,
+        "stride": 2560,
+        "fill_x": 1,
+        "fill_y": 2,
+        "fill_w": 3,
+        "fill_h": 4,
+        "fill_colour": 5,
+        "frames": 2**64 - 1,
+        "fence_gpa": 8,
+        "fence_value": 9,
+        "irq_pending": True,
+        "src_x": 10,
+        "src_y": 11,
+        "checksum": 12,
+        "refused": True,
+    },
+}
+#: Of each what no guest changes.
+FIXED: dict[str, set[str]] = {"uart16550": set(), "rtc": set(), "display": {"format", "vram_bytes"}}
+
+
+@pytest.mark.parametrize("type_name", MAKE)
+def test_every_field_of_a_state_is_taken_over_and_given_again(type_name: str) -> None:
+    device = MAKE[type_name]()
+    before = device.save()
+    state = before | FULL[type_name]
+    assert {name for name in state if state[name] == before[name]} == FIXED[type_name]
+    device.check(state)
+    device.load(state)
+    assert device.save() == state
+    payload_of(device)
+
 
 def use(device: Device) -> None:
     for offset, size, value in USE[device.type]:
@@ -48,7 +111,7 @@ def move(source: Device, destination: Device) -> None:
     if old.streams:
         while (chunk := old.stream_read(1 << 20))[1]:
             new.stream_write(*chunk[:2])
-    new.stage(old.save_as(old.version.version))
+    new.stage(old.save_as(old.format.version.version))
     new.apply()
     new.set_state("STOP")
 
@@ -86,7 +149,7 @@ def test_a_state_of_another_type_or_a_changed_one_is_refused_and_nothing_is_load
     run(source)
     use(source)
     runtime(source).set_state("STOP")
-    payload = bytearray(runtime(source).save_as(runtime(source).version.version))
+    payload = bytearray(runtime(source).save_as(runtime(source).format.version.version))
     runtime(destination).set_state("RESUMING")
     before = destination.save()
     payload[-1] ^= 1

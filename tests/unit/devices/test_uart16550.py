@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from passage import Edges, carry, payload_of, rest, run
+from passage import Edges, carry, live_timers, payload_of, rest, run
 
 from devices.uart16550 import Uart16550
 from migrate.errors import DeviceRefused, UsageError
@@ -195,6 +195,7 @@ def test_bytes_below_the_trigger_interrupt_after_four_character_times(uart: Uart
     assert edges.wait(), "the second byte waits four character times of its own"
     assert get(uart, RBR) == ord("b")
     assert get(uart, IIR) == 0xC1
+    assert live_timers(uart) == 0
 
 
 def test_the_character_timeout_follows_the_divisor_and_the_format(uart: Uart16550) -> None:
@@ -227,6 +228,28 @@ def test_in_loopback_our_own_outputs_come_back_as_modem_lines(uart: Uart16550) -
     put(uart, MCR, LOOPBACK)
     assert get(uart, MSR) == 0x0F  # RI fell: that is one
     assert get(uart, MSR) == 0x00
+
+
+def test_clearing_the_receive_fifo_ends_its_character_timeout(uart: Uart16550, edges: Edges) -> None:
+    put(uart, FCR, 0xC1)
+    put(uart, MCR, LOOPBACK)
+    put(uart, IER, 0x01)
+    put(uart, THR, 1)
+    assert edges.wait()
+    put(uart, FCR, 0xC3)
+    assert get(uart, IIR) == 0xC1
+
+
+def test_clearing_a_transmit_fifo_that_waits_makes_thr_empty() -> None:
+    uart = Uart16550("uart0", {"output": "/dev/full"})
+    uart.leave_p2p()
+    put(uart, IER, 0x02)
+    put(uart, FCR, 0x01)
+    put(uart, THR, 1, 2)
+    assert (get(uart, LSR), get(uart, IIR)) == (0, 0xC1)
+    put(uart, FCR, 0x05)
+    assert (get(uart, LSR), get(uart, IIR)) == (READY, 0xC2)
+    uart.close()
 
 
 # -- the line ---------------------------------------------------------------------------------------------------------------
@@ -302,6 +325,7 @@ def test_a_back_end_that_takes_nothing_keeps_bytes_in_the_fifo_until_it_does(whe
     assert edges.take() == 0
     received = os.read(reader, 4096)
     assert edges.wait(), "THR is empty again"
+    assert live_timers(uart) == 0
     received += os.read(reader, 4096)
     assert received == bytes(value & 0xFF for value in range(4096 + 16))
     rest(uart)
@@ -336,6 +360,22 @@ def test_input_is_taken_only_as_fast_as_the_guest_reads_it_and_never_overruns(wh
     assert received == typed
     assert get(uart, LSR) == READY
     rest(uart)
+    uart.close()
+    edges.close()
+
+
+def test_a_byte_that_takes_the_place_of_the_one_just_read_is_a_new_edge(where: Path) -> None:
+    os.mkfifo(where / "keys")
+    uart = Uart16550("uart0", {"input": str(where / "keys")})
+    edges = Edges(uart)
+    put(uart, IER, 0x01)
+    with (where / "keys").open("r+b", buffering=0) as keys:
+        keys.write(b"abc")
+        uart.leave_p2p()
+    for value in b"abc":
+        assert edges.take() == 1
+        assert get(uart, RBR) == value
+    assert edges.take() == 0
     uart.close()
     edges.close()
 

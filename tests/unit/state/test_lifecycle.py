@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from migrate.errors import DeviceRefused
+from migrate.state import lifecycle
 from migrate.state.lifecycle import (
     ACTIVE,
     ARCS,
@@ -112,6 +113,15 @@ def test_the_rule_names_one_way_and_no_other_is_as_short() -> None:
             ways = _legal_ways(current, target)
             shortest = min(map(len, ways))
             assert [found for found in ways if len(found) == shortest] == [way], (current, target)
+
+
+def test_the_rule_decides_and_not_the_order_in_which_the_table_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for turned in itertools.product((False, True), repeat=len(ARCS)):
+        pairs = zip(ARCS.items(), turned, strict=True)
+        monkeypatch.setattr(lifecycle, "ARCS", {a: arcs[::-1] if turn else arcs for (a, arcs), turn in pairs})
+        assert lifecycle._all_paths() == PATHS
 
 
 def test_a_device_in_error_stays_until_it_is_reset() -> None:

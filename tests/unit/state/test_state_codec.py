@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 from typing import Any
 
@@ -151,13 +154,17 @@ def test_any_state_of_the_devices_comes_back(version: SchemaVersion, data: st.Da
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 31, 32, 255, 256, 65535, 65536])
 def test_the_form_of_a_head_changes_where_the_specification_says(size: int) -> None:
-    cases: list[tuple[Kind, object]] = [(Bytes(0, 70_000), bytes(size)), (Str(70_000), "x" * size)]
-    if size <= 16_384:
-        cases.append((List(0, 16_384, Int("u8", 0, 255)), [0] * size))
+    cases: list[tuple[Kind, object]] = [
+        (Bytes(0, size), bytes(size)),
+        (Str(size), "x" * size),
+        (List(0, size, Int("u8", 0, 255)), [255] * size),
+    ]
     for kind, value in cases:
         version = with_field(kind)
-        assert version.encode({"v": value}) == by_the_specification({"v": value})
-        assert version.decode(version.encode({"v": value})) == {"v": value}
+        encoded = version.encode({"v": value})
+        assert encoded == by_the_specification({"v": value})
+        assert version.decode(encoded) == {"v": value}
+        assert len(encoded) == version.max_size
 
 
 @pytest.mark.parametrize(
@@ -436,6 +443,32 @@ def test_sixteen_mebibytes_of_empty_lists_cost_no_memory() -> None:
 
 
 def test_heads_that_claim_long_lists_inside_each_other_cost_no_memory() -> None:
-    version = with_field(List(0, 16_384, Int("u64", 0, 2**64 - 1)))
-    claims = b"\x81\xa1v" + b"\xdc\x40\x00" * 300
-    assert peak_of_refusing(version, claims) < 4 << 20
+    version = with_field(Bytes(0, 1 << 20))
+    claims = b"\x81\xa1v" + b"\xdd\x00\x0f\xff\xff" * 300
+    assert peak_of_refusing(version, claims + bytes((1 << 20) - len(claims))) < 1 << 20
+    longest = with_field(List(0, 16_384, Int("u64", 0, 2**64 - 1)))
+    assert peak_of_refusing(longest, b"\x81\xa1v" + b"\xdc\x40\x00" * 300) < 4 << 20
+
+
+def test_msgpack_without_its_c_extension_is_no_weaker() -> None:
+    """Where no binary wheel is to be had, msgpack falls back to Python, which has no depth limit of its own."""
+    program = """
+import msgpack
+from migrate.errors import BlobError
+from migrate.state import catalog
+assert msgpack.Packer.__module__ == "msgpack.fallback"
+schema = catalog.load("vcpu")
+version = schema.at(1)
+assert version.decode(version.encode(version.defaults())) == version.defaults()
+hostile = [b"\\x91" * 618, b"\\x81\\xa1a" * 200, b"\\x81\\x90\\x00", b"\\xc1"]
+hostile += [b"\\xdd\\xff\\xff\\xff\\xff", b"\\x81\\xa1\\xff\\x00"]
+for data in hostile:
+    try:
+        version.decode(data)
+    except BlobError:
+        continue
+    raise AssertionError(data)
+"""
+    environment = {**os.environ, "MSGPACK_PUREPYTHON": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

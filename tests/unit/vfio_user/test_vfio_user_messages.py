@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.protocols.vfio_user import messages as m
+from devices.protocols.vfio_user import version as v
 from devices.protocols.vfio_user.messages import RequestError
 
 u32 = st.integers(0, 2**32 - 1)
@@ -23,7 +24,7 @@ text = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-capabilities = st.builds(m.Capabilities, u64, u64, u64, u64, st.booleans())
+capabilities = st.builds(v.Capabilities, u64, u64, u64, u64, st.booleans())
 irq_sets = st.builds(
     lambda index, start, data: m.IrqSet(
         m.SetIrqs.DATA_BOOL | m.SetIrqs.TRIGGER, index, start, len(data), data
@@ -33,7 +34,7 @@ irq_sets = st.builds(
     st.binary(min_size=1, max_size=64),
 )
 payloads = st.one_of(
-    st.builds(m.Version, st.integers(0, 65535), st.integers(0, 65535), capabilities),
+    st.builds(v.Version, st.integers(0, 65535), st.integers(0, 65535), capabilities),
     st.builds(m.DmaMap, st.sampled_from([1, 2, 3]), addresses, addresses, pages),
     st.builds(m.DmaUnmap, st.just(0), addresses, pages),
     st.builds(m.DeviceInfo, u32, u32, u32),
@@ -41,7 +42,7 @@ payloads = st.one_of(
     st.builds(m.IrqInfo, u32, u32, u32),
     irq_sets,
 )
-kinds = (m.Version, m.DmaMap, m.DmaUnmap, m.DeviceInfo, m.RegionInfo, m.IrqInfo, m.IrqSet)
+kinds = (v.Version, m.DmaMap, m.DmaUnmap, m.DeviceInfo, m.RegionInfo, m.IrqInfo, m.IrqSet)
 
 
 @given(payloads)
@@ -71,10 +72,10 @@ def test_a_payload_of_another_length_is_refused(payload: Any, data: st.DataObjec
 def test_version_data_of_any_shape_is_read_or_refused_and_nothing_else(document: Any) -> None:
     payload = struct.pack("=HH", 0, 1) + json.dumps({"capabilities": document}).encode() + b"\0"
     try:
-        version = m.Version.decode(payload)
+        version = v.Version.decode(payload)
     except RequestError:
         return
-    assert all(type(a) is type(b) for a, b in zip(version.capabilities, m.Capabilities(), strict=True))
+    assert all(type(a) is type(b) for a, b in zip(version.capabilities, v.Capabilities(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -89,20 +90,20 @@ def test_version_data_of_any_shape_is_read_or_refused_and_nothing_else(document:
         b'{"capabilities":{"max_msg_fds":-1}}\0',
         b'{"capabilities":{"pgsizes":1e3}}\0',
         b'{"capabilities":{"write_multiple":1}}\0',
-        b"{" + b" " * m.MAX_VERSION_DATA + b"}\0",
+        b"{" + b" " * v.MAX_VERSION_DATA + b"}\0",
     ],
 )
 def test_version_data_that_makes_no_sense_is_refused(data: bytes) -> None:
     with pytest.raises(RequestError):
-        m.Version.decode(struct.pack("=HH", 0, 1) + data)
+        v.Version.decode(struct.pack("=HH", 0, 1) + data)
 
 
 def test_a_peer_that_says_nothing_has_the_defaults_and_an_unknown_capability_is_skipped() -> None:
-    assert m.Version.decode(struct.pack("=HH", 0, 0)) == m.Version(
-        0, 0, m.Capabilities(1, 1 << 20, 65535, 4096)
+    assert v.Version.decode(struct.pack("=HH", 0, 0)) == v.Version(
+        0, 0, v.Capabilities(1, 1 << 20, 65535, 4096)
     )
     newer = b'{"capabilities":{"migration":{"pgsize":4096},"max_msg_fds":3}}\0'
-    assert m.Version.decode(struct.pack("=HH", 0, 9) + newer).capabilities == m.Capabilities(max_msg_fds=3)
+    assert v.Version.decode(struct.pack("=HH", 0, 9) + newer).capabilities == v.Capabilities(max_msg_fds=3)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vfio_user_backend import POISON, MemoryBackend, command
 
 from devices.protocols.vfio_user import messages as m
+from devices.protocols.vfio_user import version as v
 from devices.protocols.vfio_user.messages import Command
 from devices.protocols.vfio_user.session import Session
 
@@ -23,7 +24,7 @@ class Talk:
         self.backend = MemoryBackend()
         self.session = Session(self.backend)
         if negotiated:
-            self.ask(Command.VERSION, m.Version(0, 1).encode())
+            self.ask(Command.VERSION, v.Version(0, 1).encode())
 
     def ask(self, number: int, payload: bytes = b"", fds: list[int] | None = None) -> bytes | int:
         reply = self.session.handle(command(number, payload, fds=fds))
@@ -47,17 +48,17 @@ def talk() -> Iterator[Talk]:
 def test_the_version_in_common_is_answered_and_what_the_client_can_take_is_kept() -> None:
     for proposed, agreed in ((0, 0), (1, 1), (7, 1)):
         talk = Talk(negotiated=False)
-        reply = talk.ask(Command.VERSION, m.Version(0, proposed, m.Capabilities(max_msg_fds=3)).encode())
+        reply = talk.ask(Command.VERSION, v.Version(0, proposed, v.Capabilities(max_msg_fds=3)).encode())
         assert isinstance(reply, bytes)
-        assert m.Version.decode(reply) == m.Version(0, agreed, m.OURS)
-        assert talk.session.client == m.Capabilities(max_msg_fds=3)
+        assert v.Version.decode(reply) == v.Version(0, agreed, v.OURS)
+        assert talk.session.client == v.Capabilities(max_msg_fds=3)
 
 
 @pytest.mark.parametrize(
     ("number", "payload"),
     [
         (Command.DEVICE_GET_INFO, m.DeviceInfo().encode()),
-        (Command.VERSION, m.Version(1, 0).encode()),
+        (Command.VERSION, v.Version(1, 0).encode()),
         (Command.VERSION, b"\0"),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 from vfio_user_backend import MemoryBackend, open_descriptors
 
 from devices.protocols.vfio_user import messages as m
+from devices.protocols.vfio_user import version as v
 from devices.protocols.vfio_user.channel import receive
 from devices.protocols.vfio_user.client import Client, RequestRefused
 from devices.protocols.vfio_user.server import Server
@@ -67,7 +68,7 @@ def reply(sock: socket.socket) -> m.Header:
 def test_registers_memory_and_interrupts_cross_the_socket(serving: Serving) -> None:
     memory, eventfd = os.memfd_create("x"), os.eventfd(0)
     with serving.client() as client:
-        assert client.server == m.OURS
+        assert client.server == v.OURS
         assert client.info() == m.DeviceInfo(m.DeviceFlags.RESET, 3, 1)
         assert client.region_info(0).size == 4096
         assert client.irq_info(0).count == 1
@@ -184,7 +185,7 @@ class FakeDevice:
             receive(connection)
 
 
-HELLO = m.message(1, m.Command.VERSION, m.Version(0, 1, m.OURS).encode(), m.REPLY)
+HELLO = m.message(1, m.Command.VERSION, v.Version(0, 1, v.OURS).encode(), m.REPLY)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_device_that_answers_wrongly_is_named_and_dropped(
 
 
 def test_a_device_of_another_version_is_refused(short_dir: Path) -> None:
-    other = m.message(1, m.Command.VERSION, m.Version(1, 0).encode(), m.REPLY)
+    other = m.message(1, m.Command.VERSION, v.Version(1, 0).encode(), m.REPLY)
     fake = FakeDevice(short_dir / "s", [other])
     with pytest.raises(DeviceRefused, match=r"version 1\.0"):
         Client.connect(str(short_dir / "s"), timeout=1)
@@ -253,7 +254,7 @@ def test_a_peer_that_talks_garbage_is_dropped_and_the_next_client_is_served(serv
 
 
 def test_a_message_in_single_bytes_and_two_in_one_are_both_understood(serving: Serving) -> None:
-    hello = m.message(1, m.Command.VERSION, m.Version(0, 1).encode())
+    hello = m.message(1, m.Command.VERSION, v.Version(0, 1).encode())
     read = m.message(2, m.Command.REGION_READ, m.ACCESS.pack(0, 0, 1))
     with serving.raw() as sock:
         for byte in hello:
@@ -266,7 +267,7 @@ def test_a_message_in_single_bytes_and_two_in_one_are_both_understood(serving: S
 def test_descriptors_that_nobody_wants_and_far_too_many_of_them_are_closed(serving: Serving) -> None:
     before = open_descriptors()
     fds = array.array("i", [os.memfd_create("x") for _ in range(m.MAX_FDS + 1)])
-    hello = m.message(1, m.Command.VERSION, m.Version(0, 1).encode())
+    hello = m.message(1, m.Command.VERSION, v.Version(0, 1).encode())
     unmap = m.message(2, m.Command.DMA_UNMAP, m.DmaUnmap(m.UNMAP_ALL, 0, 0).encode())
     with serving.raw() as sock:
         sock.sendall(hello)
@@ -285,7 +286,7 @@ def test_descriptors_that_nobody_wants_and_far_too_many_of_them_are_closed(servi
 def test_a_peer_that_does_not_read_replies_does_not_hold_the_devices_lock(serving: Serving) -> None:
     read = m.message(2, m.Command.REGION_READ, m.ACCESS.pack(0, 0, 4096))
     with serving.raw() as sock:
-        sock.sendall(m.message(1, m.Command.VERSION, m.Version(0, 1).encode()))
+        sock.sendall(m.message(1, m.Command.VERSION, v.Version(0, 1).encode()))
         sock.setblocking(False)
         while True:
             try:

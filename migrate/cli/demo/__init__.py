@@ -1,0 +1,154 @@
+"""`ferry demo`: two hosts, mutual TLS over loopback, a guest that runs and checks itself all the while.
+
+Nothing here is known to the rest of vmferry: the demo starts real daemons and talks to them as `ferry` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from typing import Any
+
+from migrate.errors import FerryError, InterruptedByUser, Phase, UsageError
+
+HELP = "move a running guest between two hosts on this machine, and prove that nothing was lost"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    from migrate.cli.demo.scenarios import SCENARIOS
+
+    lines = "\n".join(f"  {name:20} {item.about}" for name, item in SCENARIOS.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Starts two hosts (daemons, certificates, a machine whose devices are processes), moves the running guest\n"
+        "from one to the other by mutual TLS over loopback, and checks both sides afterwards.\n\nscenarios:\n"
+        + lines
+    )
+    parser.epilog = (
+        "examples:\n  ferry demo\n  ferry demo --scenario commit-lost --json\n"
+        "exit code: that of the migration (0 done, 1 failed and the source runs, 3 refused, 4 in doubt)"
+    )
+    parser.add_argument(
+        "--scenario", choices=SCENARIOS, default="completed", metavar="NAME", help="see above"
+    )
+    parser.add_argument(
+        "--at", default="", metavar="PLACE", help="where it strikes: round-2 or switchover; before or after"
+    )
+    parser.add_argument(
+        "--destination-gone", action="store_true", help="commit-lost: the destination never comes back"
+    )
+    parser.add_argument("--memory", default="256M", metavar="SIZE", help="of the guest (default 256M)")
+    parser.add_argument(
+        "--dirty-rate", default="", metavar="SIZE", help='what the guest rewrites a second: "25M" or "max"'
+    )
+    parser.add_argument(
+        "--tracker", choices=["scan", "log", "compare"], default="", help="dirty tracking (default: the best)"
+    )
+    parser.add_argument(
+        "--connections", type=int, default=1, metavar="N", help="page channels, 0 to 16 (default 1)"
+    )
+    parser.add_argument(
+        "--downtime", type=int, default=300, metavar="MS", help="downtime limit (default 300)"
+    )
+    parser.add_argument("--keep", default="", metavar="DIR", help="leave blobs, ledgers and logs there")
+    parser.add_argument("--json", action="store_true", help="one object a line; the last one is the outcome")
+
+
+def run(args: argparse.Namespace) -> int:
+    return asyncio.run(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    from migrate.cli.demo.scenarios import SCENARIOS
+    from migrate.cli.demo.stage import Options
+
+    scenario = SCENARIOS[args.scenario]
+    places = scenario.places or ("",)
+    at = args.at or places[0]
+    if at not in places:
+        raise UsageError(
+            f"--at {args.at} is no place of {args.scenario}",
+            remedy=f"one of: {', '.join(scenario.places) or 'none'}",
+        )
+    options = Options(
+        args.scenario, at, args.destination_gone, args.memory, args.dirty_rate, args.tracker, args.connections,
+        args.downtime, args.keep,
+    )  # fmt: skip
+    if not 0 <= args.connections <= 16:
+        raise UsageError(
+            f"--connections {args.connections} is not 0 to 16", remedy="4 is plenty for loopback"
+        )
+    play = asyncio.ensure_future(_play(options, as_json=args.json))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, play.cancel)
+    try:
+        return await play
+    except asyncio.CancelledError:
+        raise InterruptedByUser(
+            "the demo was interrupted; everything it started is gone", phase=Phase.RUNNING
+        ) from None
+
+
+async def _play(options: Any, *, as_json: bool) -> int:
+    from migrate.cli.demo import report
+    from migrate.cli.demo.scenarios import SCENARIOS
+    from migrate.cli.demo.stage import open_stage
+
+    scenario = SCENARIOS[options.scenario]
+
+    def say(text: str) -> None:
+        _print({"event": "demo", "says": text} if as_json else f"· {text}", as_json)
+
+    def tell(event: dict[str, Any]) -> None:
+        if as_json:
+            if event.get("event") != "outcome":
+                _print(event, as_json)
+        elif (line := report.line(event)) is not None:
+            _print(line, as_json)
+
+    stage = open_stage(options, say, tell, relay=scenario.relay)
+    try:
+        say(f"scenario {options.scenario}: {scenario.about}")
+        stage.destination.directory.mkdir()
+        (stage.destination.directory / "host.toml").write_text(scenario.destination_toml)
+        if stage.relay is not None:
+            await stage.relay.start()
+        await asyncio.gather(stage.source.start(), stage.destination.start(scenario.destination_hold(stage)))
+        if options.tracker in ("", "scan"):
+            _say_tracker(say)
+        await stage.boot()
+        outcome = await stage.judge(await scenario.play(stage))
+    finally:
+        await stage.close()
+    if as_json:
+        _print(outcome, as_json)
+    else:
+        for line in report.summary(outcome):
+            print(line)
+    proved = outcome["guest"]["corrupt"] == 0 and outcome["guest"]["missed"] == 0
+    if not proved:
+        raise FerryError(
+            "the guest found something corrupt or missing",
+            phase=Phase.RUNNING,
+            remedy="run again with --keep and report it",
+        )
+    return int(outcome["exit_code"])
+
+
+def _say_tracker(say: Any) -> None:
+    from migrate.errors import TrackerError
+    from migrate.memory import prove
+
+    try:
+        prove.prove("scan")
+    except TrackerError as error:
+        say(f"this kernel has no `scan` ({error.reason}): dirty pages are tracked with `{prove.choose(None)}`")
+
+
+def _print(what: Any, as_json: bool) -> None:
+    sys.stdout.write((json.dumps(what, separators=(",", ":")) if as_json else str(what)) + "\n")
+    sys.stdout.flush()

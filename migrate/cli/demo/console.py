@@ -1,0 +1,66 @@
+"""What the guest said: the lines of its UART on both hosts, joined byte for byte, and what they prove.
+
+The format is the guest's (devices/vcpu/guest/README.md): `T <tick> <now µs> <longest gap µs> <gap µs> <pages rewritten>` each tick,
+`CORRUPT <what> …` where one thing is off. A line that began on one host ends on the other: nothing may be lost between them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+TICK = re.compile(rb"^T (\d+) (\d+) (\d+) (\d+) (\d+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestReport:
+    """What the guest proves. Gaps are milliseconds on the guest's own clock."""
+
+    ticks_before: int  #: the last tick that the first host printed
+    ticks_after: int  #: the last tick of all
+    corrupt: int  #: CORRUPT lines, and lines that are no line of this guest
+    missed: int  #: places where the numbering of ticks skips or repeats
+    longest_gap_ms: float
+
+    def to_json(self) -> dict[str, int | float]:
+        return {
+            "ticks_before": self.ticks_before,
+            "ticks_after": self.ticks_after,
+            "corrupt": self.corrupt,
+            "missed": self.missed,
+            "longest_gap_ms": self.longest_gap_ms,
+        }
+
+
+def last_tick(output: Path) -> int:
+    """The number of the last whole tick line in a UART's output; 0 where there is none."""
+    try:
+        with output.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            data = file.read()
+    except FileNotFoundError:
+        return 0
+    found = TICK.findall(data)
+    return int(found[-1][0]) if found else 0
+
+
+def read(first: Path, second: Path | None) -> GuestReport:
+    """:param first: the UART's output on the host where the guest began. :param second: on the other one, if it ran there."""
+    before = first.read_bytes() if first.exists() else b""
+    after = second.read_bytes() if second is not None and second.exists() else b""
+    data = before + after
+    whole = data[: data.rfind(b"\n") + 1]
+    ticks = TICK.findall(whole)
+    numbers = [int(match[0]) for match in ticks]
+    missed = sum(1 for one, next_one in pairwise(numbers) if next_one != one + 1)
+    strange = sum(1 for line in whole.splitlines() if not re.match(rb"(T( \d+){5}|B( \d+){3})$", line))
+    in_first = TICK.findall(before)
+    return GuestReport(
+        ticks_before=int(in_first[-1][0]) if in_first else 0,
+        ticks_after=numbers[-1] if numbers else 0,
+        corrupt=strange,
+        missed=missed,
+        longest_gap_ms=max((int(match[2]) for match in ticks), default=0) / 1000,
+    )

@@ -1,0 +1,78 @@
+"""The machine that a coordinator asks for, read back from JSON and checked: what came over the network is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from migrate.errors import Phase, UsageError
+from migrate.machine.config import (
+    MAX_DEVICES,
+    NAME,
+    OPTION,
+    DeviceConfig,
+    MachineConfig,
+    RegionConfig,
+    check_regions,
+)
+
+MAX_REGIONS = 64
+_WHERE = "the manifest"
+
+
+def machine_of(raw: object) -> MachineConfig:
+    """The machine, with nothing in it that names a file or a command of this host.
+
+    :raises UsageError: if it is not one.
+    """
+    if not isinstance(raw, Mapping) or not _is_name(raw.get("name")):
+        raise _bad("names no machine")
+    regions = raw.get("regions")
+    if not isinstance(regions, list) or not 0 < len(regions) <= MAX_REGIONS:
+        raise _bad("has no memory")
+    devices = raw.get("devices")
+    if not isinstance(devices, list) or len(devices) > MAX_DEVICES:
+        raise _bad(f"has no list of at most {MAX_DEVICES} devices")
+    memory = [RegionConfig(_number(item, "gpa"), _number(item, "size")) for item in regions]
+    check_regions(memory, _WHERE)
+    members = [_device(item) for item in devices]
+    if len({member.id for member in members}) != len(members):
+        raise _bad("has two devices with one id")
+    return MachineConfig(str(raw["name"]), memory, members, vcpu=raw.get("vcpu") is True)
+
+
+def _device(raw: object) -> DeviceConfig:
+    if not isinstance(raw, Mapping) or not all(_is_name(raw.get(key)) for key in ("id", "type", "protocol")):
+        raise _bad("has a device without id, type or protocol")
+    options = raw.get("options", {})
+    if not isinstance(options, Mapping) or not all(
+        _is_name(key) and isinstance(value, str) and OPTION.fullmatch(value) for key, value in options.items()
+    ):
+        raise _bad(f"has options of {raw['id']} that may not travel")
+    return DeviceConfig(
+        raw["id"],
+        raw["type"],
+        raw["protocol"],
+        gpa=_number(raw, "gpa"),
+        irq=_number(raw, "irq"),
+        options=dict(options),
+    )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
+def _number(raw: object, key: str) -> int:
+    value: Any = raw.get(key) if isinstance(raw, Mapping) else None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise _bad(f"has a {key} that is no number")
+    return value
+
+
+def _bad(what: str) -> UsageError:
+    return UsageError(
+        f"{_WHERE} {what}",
+        phase=Phase.PREFLIGHT,
+        remedy="check that both hosts run the same version of vmferry",
+    )

@@ -1,0 +1,163 @@
+"""What docs/dbus/org.vmferry.Host1.xml promises, done by the daemon's parts. Looks at words; the parts decide."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, Final
+
+from migrate.bus.host import MigrateOptions, RunOptions
+from migrate.errors import Phase, UsageError
+from migrate.host.doubt import Doubt
+from migrate.host.incoming import Incoming
+from migrate.host.jobs import Job, Jobs, Kind
+from migrate.host.machines import Machines
+from migrate.machine import config
+from migrate.machine.states import MachineState
+from migrate.transport.uri import LocalDestination, TlsDestination, parse
+
+MAX_CONNECTIONS: Final = 16
+MAX_DOWNTIME_MS: Final = 3_600_000
+#: How long the coordinator of a machine that has just arrived may take to say goodbye, s.
+GOODBYE_SECONDS: Final = 10.0
+
+
+class HostFace:
+    """What migrate.bus.host.host_interface serves."""
+
+    def __init__(
+        self, *, name: str, incarnation: str, listen: list[str], spec: dict[str, Any],
+        machines: Machines, jobs: Jobs, incoming: Incoming, doubt: Doubt,
+    ) -> None:  # fmt: skip
+        """:param spec: what every coordinator of this host is told."""
+        self._name, self._incarnation, self._listen, self._spec = name, incarnation, listen, spec
+        self._machines, self._jobs, self._incoming, self._doubt = machines, jobs, incoming, doubt
+
+    def name(self) -> str:
+        return self._name
+
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    def listen(self) -> list[str]:
+        return self._listen
+
+    # -- machines --------------------------------------------------------------------------------------------------------
+
+    async def run_machine(self, path: str, options: RunOptions) -> str:
+        if not path.startswith("/"):
+            raise UsageError(f"{path!r} is not an absolute path", remedy="the daemon has another directory")
+        machine = await asyncio.to_thread(config.load, Path(path))
+        async with self._machines.alone(machine.name):
+            self._jobs.require_free(machine.name)
+            await self._machines.launch(machine, incoming=False, fresh=options.fresh)
+        return machine.name
+
+    async def list_machines(self) -> list[dict[str, Any]]:
+        found = [*await self._machines.describe(), *self._doubt.without_supervisor()]
+        for entry in found:
+            job = self._jobs.active_of(str(entry["name"]))
+            entry["active"] = {"job": job.id, "kind": str(job.kind)} if job is not None else None
+        return sorted(found, key=lambda entry: str(entry["name"]))
+
+    async def stop_machine(self, name: str, force: bool) -> None:
+        job = self._jobs.active_of(name)
+        if job is not None and job.kind is not Kind.RECOVER and not force:
+            self._jobs.require_free(name)
+        await self._machines.stop(name, force=force)
+
+    async def pause_machine(self, name: str) -> None:
+        await self._machines.require(name).supervisor.pause()
+
+    async def resume_machine(self, name: str) -> None:
+        await self._machines.require(name).supervisor.run()
+
+    # -- migrations ------------------------------------------------------------------------------------------------------
+
+    async def migrate(self, name: str, to: str, options: MigrateOptions) -> str:
+        destination = parse(to)
+        if isinstance(destination, LocalDestination):
+            raise UsageError(
+                "local: does not work yet",
+                remedy="give a second `ferry host` another --dir, and its unix: address",
+            )
+        if isinstance(destination, TlsDestination) and self._spec["credentials"] is None:
+            raise UsageError(
+                "this host has no certificate to show",
+                remedy="`ferry pki issue` it one and start `ferry host` with --pki DIR",
+            )
+        _check(options)
+        machine = self._machines.require(name)
+        arrived = self._jobs.active_of(name)
+        if arrived is not None and arrived.kind is Kind.INCOMING and machine.state in _STANDS:
+            await _ended(arrived)
+        spec = {
+            **self._spec,
+            "machine": name,
+            "bus": machine.address,
+            "to": str(destination),
+            "connections": options.connections,
+            "downtime_ms": options.downtime_ms,
+            "verify": options.verify,
+            "check_only": options.check_only,
+            "keep": options.keep,
+            "hold": [point for point in options.hold.split(",") if point],
+            "doubt_seconds": float(options.doubt_seconds),
+        }
+        kind = Kind.CHECK if options.check_only else Kind.MIGRATE
+        return self._jobs.start(kind, name, str(destination), spec).id
+
+    async def recover(self, name: str) -> str:
+        return self._doubt.ask(name).id
+
+    async def resolve(self, name: str, keep: str) -> str:
+        return await self._doubt.resolve(name, keep)
+
+    async def cancel(self, name: str) -> None:
+        job = self._jobs.active_of(name)
+        if job is None:
+            raise UsageError(f"no job of {name[:64]!r} goes on", remedy="see `ferry list`")
+        if job.kind is Kind.INCOMING:
+            raise UsageError(
+                f"{name} is arriving from {job.to}", remedy=f"`ferry cancel {name}` on the host it comes from"
+            )
+        if job.kind is Kind.RECOVER:
+            raise UsageError(
+                f"{name} is in doubt, which nothing cancels",
+                phase=Phase.RECOVER,
+                remedy=f"mend the link, or fence the other host and `ferry resolve {name}`",
+            )
+        self._jobs.say(job, "cancel")
+
+    async def proceed(self, name: str) -> None:
+        job = self._jobs.active_of(name)
+        if job is not None and job.kind in (Kind.MIGRATE, Kind.CHECK):
+            self._jobs.say(job, "continue")
+        else:
+            await self._incoming.proceed(name)
+
+    async def job_events(self, job: str) -> list[str]:
+        return self._jobs.events(job)
+
+
+_STANDS: Final = frozenset({MachineState.RUNNING, MachineState.PAUSED})
+
+
+async def _ended(job: Job) -> None:
+    try:
+        async with asyncio.timeout(GOODBYE_SECONDS):
+            await job.ended.wait()
+    except TimeoutError:
+        pass  # who starts the next job says that this one goes on
+
+
+def _check(options: MigrateOptions) -> None:
+    """:raises UsageError: for a number out of bounds or a path that is not absolute."""
+    if not 0 <= options.connections <= MAX_CONNECTIONS:
+        raise UsageError(f"{options.connections} connections", remedy=f"0 to {MAX_CONNECTIONS}")
+    if not 0 < options.downtime_ms <= MAX_DOWNTIME_MS:
+        raise UsageError(f"a downtime of {options.downtime_ms} ms", remedy="1 ms to an hour")
+    if options.keep and not options.keep.startswith("/"):
+        raise UsageError(
+            f"{options.keep!r} is not an absolute path", remedy="the daemon has another directory"
+        )

@@ -1,8 +1,9 @@
 """All D-Bus: the private bus of a machine, connections with deadlines, the interfaces of device processes.
 
 library.py alone imports the D-Bus library (its codec); messages.py and link.py are headers and the socket; connection.py is
-`Bus`; service.py is what a process offers, as tables; failures.py our errors as D-Bus errors; daemon.py the bus itself;
-device.py and client.py the two ends of docs/dbus/org.vmferry.Device1.xml, supervisor.py of org.vmferry.Supervisor1.xml.
+`Bus`. service.py is what a process offers, as tables, exports.py looks it up, serving.py answers; failures.py is our errors
+as D-Bus errors. daemon.py is the bus itself. device.py and client.py are the two ends of org.vmferry.Device1 (docs/dbus),
+supervisor.py of org.vmferry.Supervisor1, host.py of org.vmferry.Host1.
 """
 
 from migrate.bus.client import DeviceClient, DeviceInfo, discover

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from migrate.bus import failures, library
+from migrate.bus.descriptors import descriptors, indexed, take_fds
 from migrate.bus.link import Link
 from migrate.bus.messages import NO_AUTO_START, NO_REPLY, Fields, Kind, Message, close_all, encode_header
-from migrate.bus.service import Answer, Exports, Interface, take_fds
+from migrate.bus.service import Interface
+from migrate.bus.serving import Server
 from migrate.errors import (
     BusError,
     DeviceError,
@@ -50,7 +52,7 @@ class Bus:
         self._why_closed = ""
         self._serial = 0
         self._pending: dict[int, asyncio.Future[Message]] = {}
-        self._exports = Exports()
+        self._server = Server(self._send, self._next_serial, self._spawn)
         self._tasks: set[asyncio.Task[None]] = set()
         self._signals: dict[tuple[str, str], list[tuple[str | None, SignalCallback]]] = {}
         self._on_disconnect: list[Callable[[], None]] = []
@@ -150,7 +152,7 @@ class Bus:
                 reply.fields.error_name or "", text, device=device, whom=whom, phase=phase
             )
         if reply_signature is not None and reply.fields.signature != reply_signature:
-            close_all(_descriptors(reply.fields.signature, values))
+            close_all(descriptors(reply.fields.signature, values))
             raise DeviceRefused(
                 f"{whom} answered {member} with {reply.fields.signature!r} where {reply_signature!r} is agreed",
                 device=device,
@@ -316,59 +318,10 @@ class Bus:
 
     def export(self, path: str, *interfaces: Interface) -> None:
         """Offer interfaces at a path. Export before requesting the name that others find us by."""
-        self._exports.add(path, interfaces)
+        self._server.exports.add(path, interfaces)
 
     def unexport(self, path: str) -> None:
-        self._exports.remove(path)
-
-    def _serve(self, message: Message) -> None:
-        try:
-            answer = self._exports.answer(message)
-        except Exception as error:
-            self._reply_error(message, error)
-            return
-        finally:
-            message.close_fds()
-        if isinstance(answer, Answer):
-            self._reply(message, answer)
-        else:
-            self._spawn(self._serve_later(message, answer))
-
-    async def _serve_later(self, message: Message, awaitable: Awaitable[Answer]) -> None:
-        try:
-            answer = await awaitable
-        except Exception as error:
-            self._reply_error(message, error)
-        else:
-            self._reply(message, answer)
-
-    def _reply(self, call: Message, answer: Answer) -> None:
-        try:
-            if not call.flags & NO_REPLY:
-                fields = Fields(
-                    destination=call.fields.sender,
-                    signature=answer.signature,
-                    unix_fds=answer.signature.count("h"),
-                )
-                self._send(Kind.RETURN, self._next_serial(), fields, answer.body, reply_serial=call.serial)
-        except BusError:
-            pass  # nobody is left to be told
-        except Exception as error:
-            self._reply_error(call, error)
-        finally:
-            close_all(_descriptors(answer.signature, answer.body))
-
-    def _reply_error(self, call: Message, error: Exception) -> None:
-        name, text = failures.error_reply(error)
-        if name == failures.INTERNAL:
-            LOG.error("%s.%s failed", call.fields.interface, call.fields.member, exc_info=error)
-        if call.flags & NO_REPLY:
-            return
-        fields = Fields(error_name=name, destination=call.fields.sender, signature="s")
-        try:
-            self._send(Kind.ERROR, self._next_serial(), fields, [text], reply_serial=call.serial)
-        except BusError:
-            pass  # nobody is left to be told
+        self._server.exports.remove(path)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -380,7 +333,7 @@ class Bus:
             else:
                 message.close_fds()  # the answer to a call that nobody waits for any more
         elif message.kind == Kind.CALL:
-            self._serve(message)
+            self._server.take(message)
         else:
             message.close_fds()
             if message.kind == Kind.SIGNAL:
@@ -415,10 +368,7 @@ class Bus:
     ) -> None:
         fds: list[int] = []
         if fields.unix_fds:
-            fds = _descriptors(fields.signature, body)
-            places = iter(range(len(fds)))
-            kinds = library.complete_types(fields.signature)
-            body = [next(places) if kind == "h" else value for kind, value in zip(kinds, body, strict=True)]
+            fds, body = descriptors(fields.signature, body), indexed(fields.signature, body)
         encoded = library.encode_body(fields.signature, body)
         header = encode_header(kind, serial, len(encoded), fields, flags=flags, reply_serial=reply_serial)
         self._link.send(header, encoded, fds)
@@ -461,9 +411,3 @@ def _values(reply: Message) -> list[Any]:
         return values
     finally:
         reply.close_fds()
-
-
-def _descriptors(signature: str, body: Sequence[Any]) -> list[int]:
-    if "h" not in signature:
-        return []
-    return [value for kind, value in zip(library.complete_types(signature), body, strict=True) if kind == "h"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -162,7 +162,7 @@ class HostClient:
         except BusError:
             raise BusError(
                 f"no `ferry host` runs in {directory}",
-                remedy="start it, or give the right --dir (or FERRY_DIR)",
+                remedy="start it, or name its directory by --dir or FERRY_DIR",
             ) from None
 
     async def close(self) -> None:
@@ -221,7 +221,7 @@ class HostClient:
     async def job_events(self, job: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in await self._call("JobEvents", "s", job, gives="as")]
 
-    async def follow(self, job: str) -> AsyncIterator[dict[str, Any]]:
+    async def follow(self, job: str) -> AsyncGenerator[dict[str, Any], None]:
         """Every event of a job from its first to its outcome, whether they have happened yet or not.
 
         :raises BusError: if the daemon goes before the outcome is known.

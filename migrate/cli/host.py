@@ -19,12 +19,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "ferry host --name hostb --listen tls://0.0.0.0:4789 --pki /etc/vmferry/hostb --allow hosta",
     )
     add_directory(parser)
-    parser.add_argument("--name", default="", help="what people and other hosts see (default: the host's name)")
     parser.add_argument(
-        "--listen", metavar="URI", action="append", default=[], help="tls://ADDRESS:PORT or unix:/PATH; may be repeated"
+        "--name", default="", help="what people and other hosts see (default: the host's name)"
     )
     parser.add_argument(
-        "--pki", metavar="DIR", type=Path, help="this host's certificate: what `ferry pki issue` made (needed for tls://)"
+        "--listen",
+        metavar="URI",
+        action="append",
+        default=[],
+        help="tls://ADDRESS:PORT or unix:/PATH; may be repeated",
+    )
+    parser.add_argument(
+        "--pki",
+        metavar="DIR",
+        type=Path,
+        help="this host's certificate: what `ferry pki issue` made (needed for tls://)",
     )
     parser.add_argument(
         "--allow",
@@ -63,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
     def ready(daemon: HostDaemon) -> None:
         output.event({"event": "ready", "bus": daemon.address, "listen": daemon.listening})
-        output.say(f"{options.name} is ready in {options.directory}, reached by {', '.join(daemon.listening)}")
+        output.say(
+            f"{options.name} is ready in {options.directory}, reached by {', '.join(daemon.listening)}"
+        )
 
     asyncio.run(serve(options, ready))
     output.event({"event": "outcome", "outcome": "stopped", "exit_code": 0})

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, NoReturn, Protocol
+from typing import Final, Protocol
 
 from migrate.cli.output import Output
 from migrate.cli.words import EXIT_CODES, Parser, nearest
@@ -79,7 +79,7 @@ def main(words: Sequence[str]) -> int:
             )
         )
     try:
-        command: Command = importlib.import_module(f"migrate.cli.{name}")  # type: ignore[assignment]
+        command: Command = importlib.import_module(f"migrate.cli.{name}")
         parser = Parser(prog=f"ferry {name}")
         command.arguments(parser)
         return command.run(parser.parse_args(words[1:]))
@@ -116,7 +116,3 @@ def _defect(error: Exception) -> int:
         remedy="run it again with FERRY_DEBUG=1 and report what it prints",
     )
     return Output(sys.stdout, sys.stderr, json="--json" in sys.argv).failure(wrong)
-
-
-def run_as_script() -> NoReturn:
-    sys.exit(entry())

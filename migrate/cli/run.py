@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
 
     output = Output(sys.stdout, sys.stderr, json=args.json)
 
+    path = os.path.abspath(args.path)
+
     async def start(client: HostClient) -> int:
-        name = await client.run_machine(os.path.abspath(args.path), RunOptions(fresh=args.fresh))
+        name = await client.run_machine(path, RunOptions(fresh=args.fresh))
         output.say(f"{name} runs; follow it with `ferry console {name}`")
         output.event({"event": "outcome", "outcome": "running", "machine": name, "exit_code": 0})
         return 0

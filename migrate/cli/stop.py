@@ -16,7 +16,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("name", metavar="NAME", help="the machine")
     parser.add_argument(
-        "--force", action="store_true", help="also where a copy of it may be the only one left, and where it hangs"
+        "--force",
+        action="store_true",
+        help="also where a copy of it may be the only one left, and where it hangs",
     )
     add_directory(parser)
     add_json(parser)

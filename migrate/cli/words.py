@@ -35,7 +35,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, remedy=f"see `{self.prog} --help`")
 
 
-def explain(parser: argparse.ArgumentParser, what: str, example: str, codes: Iterable[int] = (0, 1, 2)) -> None:
+def explain(
+    parser: argparse.ArgumentParser, what: str, example: str, codes: Iterable[int] = (0, 1, 2)
+) -> None:
     """What a command's --help says before and after its options."""
     parser.description = what
     shown = "\n".join(f"  {line}" for line in example.strip().splitlines())

@@ -105,6 +105,8 @@ class DestinationMigration:
         try:
             outcome |= await self._serve()
         except FerryError as error:
+            if isinstance(error, TransportError):
+                error.phase = str(self._phase)  # a channel does not know what it was used for
             reasons = error.reasons()
             log.warning("event=failed phase=%s error=%s", self._phase, error)
             outcome |= await self._give_up(error)

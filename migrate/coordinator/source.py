@@ -35,6 +35,7 @@ from migrate.errors import (
     Phase,
     Reason,
     RemoteProtocolError,
+    TransportError,
 )
 from migrate.memory import CompareTracker, DirtyBitmap, GuestMemory, PageRuns
 from migrate.protocol import messages as m
@@ -235,10 +236,10 @@ class SourceMigration:
         saved = time.monotonic_ns()
         await transfer.send_states(number, blobs, sent)
         sent_at = time.monotonic_ns()
-        await self.hold.at("stopped")
         self._enter(Phase.LOAD)
+        await self.hold.at("stopped")
         ready = await link.expect(m.Ready, timeout=READY_SECONDS)
-        await self.hold.at("ready")
+        await link.during(self.hold.at("ready"))
         verified_ns = await transfer.verify() if self.spec.verify else 0
         committed = await self._commit(parts, link)
         await self.hold.at("committed")
@@ -291,6 +292,7 @@ class SourceMigration:
             await link.send(m.Commit(spec.job, self._epoch, stopped_ns, paused))
             answer = await link.receive(timeout=RUNNING_SECONDS)
         except FerryError as error:
+            error.phase = str(Phase.COMMIT)
             link.lost()
             await self._doubt(parts, agreed, error)
             return None
@@ -350,6 +352,8 @@ class SourceMigration:
 
     async def _give_up(self, error: FerryError) -> None:
         """Before COMMIT: tell the peer, and let the machine go on here."""
+        if isinstance(error, TransportError):
+            error.phase = str(self._phase)  # a channel does not know what it was used for
         reasons = error.reasons()
         self.outcome.reasons = reasons
         if self._committing:

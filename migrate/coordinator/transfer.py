@@ -66,7 +66,7 @@ class Transfer:
                     "expected_downtime_ms": round(decision.expected_downtime_ms, 3),
                 }
             )  # fmt: skip
-            await self.hold.at(f"round:{number}")
+            await self.link.during(self.hold.at(f"round:{number}"))
             if decision.verdict is Verdict.GIVE_UP:
                 raise NotConvergingError(
                     decision.why,

@@ -80,14 +80,17 @@ class Machines:
     async def describe(self) -> list[dict[str, Any]]:
         """What every supervisor says of itself; one that does not answer in time is `unknown`, with the reason."""
 
-        async def one(machine: Machine) -> dict[str, Any]:
+        async def one(machine: Machine) -> dict[str, Any] | None:
             try:
                 found = await machine.supervisor.describe()
             except FerryError as error:
+                if machine.state == S.ENDED or await machine.process.wait(LOOK_AGAIN_SECONDS):
+                    return None  # it is being taken down
                 found = {"name": machine.name, "state": "unknown", "detail": str(error)}
             return {**found, "pid": machine.process.pid}
 
-        return list(await asyncio.gather(*(one(m) for _, m in sorted(self._machines.items()))))
+        found = await asyncio.gather(*(one(machine) for machine in self._machines.values()))
+        return [machine for machine in found if machine is not None]
 
     async def settle(self, name: str, timeout: float) -> Machine | None:
         """After the end of a job: wait until its consequences are seen; None where the machine has ended."""
@@ -198,7 +201,7 @@ class Machines:
     async def _reconnect(self, machine: Machine, lost: Bus) -> None:
         """The bus went and the supervisor did not: it will bring the bus back at the same path."""
         while not machine.process.ended.is_set() and self._machines.get(machine.name) is machine:
-            if machine.bus is lost:
+            if machine.bus is lost and machine.state != S.ENDED:
                 try:
                     bus = await Bus.connect(machine.address)
                     machine.bus, machine.supervisor = bus, SupervisorClient(bus)

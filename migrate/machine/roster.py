@@ -173,7 +173,8 @@ class Roster:
         copying = {
             p.config.id
             for p in self.all()
-            if p.info.streams and (await p.client.info()).state in (DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
+            if p.info.streams
+            and (await p.client.info()).state in (DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
         }
 
         def p2p(p: Participant) -> DeviceState:

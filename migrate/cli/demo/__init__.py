@@ -146,7 +146,9 @@ def _say_tracker(say: Any) -> None:
     try:
         prove.prove("scan")
     except TrackerError as error:
-        say(f"this kernel has no `scan` ({error.reason}): dirty pages are tracked with `{prove.choose(None)}`")
+        say(
+            f"this kernel has no `scan` ({error.reason}): dirty pages are tracked with `{prove.choose(None)}`"
+        )
 
 
 def _print(what: Any, as_json: bool) -> None:

@@ -18,7 +18,7 @@ TICK = re.compile(rb"^T (\d+) (\d+) (\d+) (\d+) (\d+)$", re.MULTILINE)
 class GuestReport:
     """What the guest proves. Gaps are milliseconds on the guest's own clock."""
 
-    ticks_before: int  #: the last tick that the first host printed
+    ticks_before: int  #: the last tick that the first host printed before the machine moved, or the job began
     ticks_after: int  #: the last tick of all
     corrupt: int  #: CORRUPT lines, and lines that are no line of this guest
     missed: int  #: places where the numbering of ticks skips or repeats
@@ -46,8 +46,9 @@ def last_tick(output: Path) -> int:
     return int(found[-1][0]) if found else 0
 
 
-def read(first: Path, second: Path | None) -> GuestReport:
-    """:param first: the UART's output on the host where the guest began. :param second: on the other one, if it ran there."""
+def read(first: Path, second: Path | None, at_start: int) -> GuestReport:
+    """:param first: the UART's output on the host where the guest began. :param second: on the other one, if it ran there.
+    :param at_start: the last tick before the migration was asked for."""
     before = first.read_bytes() if first.exists() else b""
     after = second.read_bytes() if second is not None and second.exists() else b""
     data = before + after
@@ -58,7 +59,7 @@ def read(first: Path, second: Path | None) -> GuestReport:
     strange = sum(1 for line in whole.splitlines() if not re.match(rb"(T( \d+){5}|B( \d+){3})$", line))
     in_first = TICK.findall(before)
     return GuestReport(
-        ticks_before=int(in_first[-1][0]) if in_first else 0,
+        ticks_before=int(in_first[-1][0]) if in_first and second is not None else at_start,
         ticks_after=numbers[-1] if numbers else 0,
         corrupt=strange,
         missed=missed,

@@ -57,6 +57,7 @@ class Stage:
     say: Say
     tell: Callable[[Event], None]  #: every event of the migration
     extra: Event = field(default_factory=dict)  #: what a scenario adds to the last line
+    tick_at_start: int = 0
 
     # -- the machine ---------------------------------------------------------------------------------------------------------
 
@@ -112,6 +113,7 @@ class Stage:
 
     async def begin(self, *, hold: str = "", doubt_seconds: int = 30) -> str:
         """Start the migration; the job's id."""
+        self.tick_at_start = console.last_tick(self.source.output(MACHINE))
         self.say(f"migrating to {self.uri}")
         options = MigrateOptions(
             connections=self.options.connections,
@@ -168,7 +170,9 @@ class Stage:
             await self._ticks(here, now + TICKS_AFTER, GO_ON_SECONDS)
             await self.nobody_executes([there])
         report = console.read(
-            self.source.output(MACHINE), self.destination.output(MACHINE) if moved else None
+            self.source.output(MACHINE),
+            self.destination.output(MACHINE) if moved else None,
+            self.tick_at_start,
         )
         for key in ("job", "machine", "to", "role"):
             outcome.pop(key, None)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from migrate.bus import library
+from migrate.bus.descriptors import take_fds
 from migrate.bus.messages import (
     FIXED,
     MAX_MESSAGE,
@@ -25,7 +26,6 @@ from migrate.bus.messages import (
     encode_header,
     frame_length,
 )
-from migrate.bus.service import take_fds
 from migrate.errors import LocalProtocolError, RemoteProtocolError
 
 # The machine that runs this may be busy: how long an example takes is no finding.

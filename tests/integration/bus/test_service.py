@@ -13,7 +13,9 @@ from dbus_next import Message, MessageFlag, MessageType, Variant
 from dbus_next.aio import MessageBus
 from dbus_next.introspection import Node
 
-from migrate.bus import Bus, Call, Interface, Method, PrivateBus, Property, Signal
+from migrate.bus import Bus, Call, Interface, Method, PrivateBus, Property, Signal, device_interfaces
+from migrate.bus.host import host_interface
+from migrate.bus.supervisor import supervisor_interface
 from migrate.errors import LocalProtocolError
 
 OnBus = Callable[[Callable[[PrivateBus], Awaitable[Any]]], Any]
@@ -227,13 +229,10 @@ def served(interface: Interface) -> Any:
 
 
 def test_what_is_served_is_what_docs_dbus_says() -> None:
-    from migrate.bus.device import device_interfaces
-    from migrate.bus.supervisor import supervisor_interface
-
     class Anything:
         def __getattr__(self, name: str) -> Any:
             return None
 
     nobody: Any = Anything()
-    for interface in (*device_interfaces(nobody), supervisor_interface(nobody)):
+    for interface in (*device_interfaces(nobody), supervisor_interface(nobody), host_interface(nobody)):
         assert served(interface) == documented(interface.name)

@@ -8,11 +8,13 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
+from devices.kit import Device
 from devices.protocols.vfio_user.client import RequestRefused
 from migrate.bus import Bus
 from migrate.errors import DeviceRefused, MemoryFault, TrackerError
@@ -179,6 +181,42 @@ def test_a_window_that_was_mapped_before_the_memory_was_attached_is_tracked_all_
     machines(scenario)
 
 
+def test_whatever_was_done_with_a_device_process_no_descriptor_is_left_in_it(machines):
+    async def scenario(machine):
+        counter = await machine.device("counter", "c0", "--tracker", "scan")
+        memory = await machine.attach(counter.bus)
+        fds = f"/proc/{counter.process.pid}/fd"
+        other, eventfd = create_memfd("x", 4096), os.eventfd(0)
+
+        async def everything() -> int:
+            with counter.vmm() as vmm:
+                vmm.dma_map(0, 4096, memory.regions[0].fd)
+                vmm.dma_map(0x10000, 4096, other)
+                vmm.set_irq_eventfd(0, eventfd)
+                vmm.set_irq_eventfd(0, eventfd)
+                with pytest.raises(RequestRefused):
+                    vmm.dma_map(0, 4096, other)
+            # The next client is served when the one before was cleaned up after.
+            counter.vmm().close()
+            counter.vmm().close()
+            await counter.bus.start_tracking()
+            os.close((await counter.bus.collect_dirty())[0])
+            await counter.bus.stop_tracking()
+            for wrong in (memory.regions[0].fd, eventfd):
+                with pytest.raises(MemoryFault):
+                    await counter.bus.attach_memory(0, 4096, wrong)
+            with counter.vmm():
+                return len(os.listdir(fds))
+
+        first = await everything()
+        for _ in range(3):
+            assert await everything() == first
+        os.close(other)
+        os.close(eventfd)
+
+    machines(scenario)
+
+
 def test_memory_that_is_no_sealed_memfd_or_too_short_is_refused(machines):
     async def scenario(machine):
         counter = await machine.device("counter", "c0")
@@ -209,6 +247,50 @@ def test_a_device_that_writes_outside_its_windows_fails_that_access_and_runs_on(
         assert "guest address 0x1000 are not in a window" in await counter.log()
 
     machines(scenario)
+
+
+def test_a_type_that_says_it_writes_no_memory_cannot():
+    class Liar(Device):
+        type = "liar"
+
+    liar = Liar("l0")
+    with pytest.raises(MemoryFault, match="set writes_memory = True"):
+        liar.memory.write(0, b"x")
+
+
+def test_a_timer_that_is_late_is_called_once_one_that_fails_goes_on_and_a_cancelled_one_does_not():
+    class Clock(Device):
+        type = "clock"
+
+        def setup(self, options):
+            self.late, self.failing, self.cancelled = 0, 0, 0
+            self.fail_often_enough = threading.Event()
+            self.every(0.001, self.be_late)
+            self.every(0.001, self.fail)
+            self.every(0.001, self.never).cancel()
+
+        def be_late(self):
+            self.late += 1
+
+        def fail(self):
+            self.failing += 1
+            if self.failing == 3:
+                self.fail_often_enough.set()
+            raise ZeroDivisionError
+
+        def never(self):
+            self.cancelled += 1
+
+    clock = Clock("c0")
+    with clock.lock:
+        clock._set_active(True)
+        time.sleep(0.05)  # while the lock is held, 50 periods go by
+    assert clock.fail_often_enough.wait(10)
+    with clock.lock:
+        clock._set_active(False)
+        # Had the missed periods been made up for, the late one would be far ahead by now.
+        assert clock.late <= clock.failing + 2
+        assert clock.cancelled == 0
 
 
 def test_it_keeps_its_state_while_its_bus_dies_and_comes_back_to_the_new_one(machines):

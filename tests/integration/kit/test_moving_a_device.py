@@ -225,6 +225,23 @@ def test_a_load_that_fails_is_refused_with_the_reason_and_ends_in_error(machines
     machines(scenario)
 
 
+def test_a_reset_by_the_vmm_leads_out_of_error_to_stop(machines):
+    async def scenario(here, there):
+        data = await uart_blob(here)
+        faulty = await there.device("devices.faulty uart16550 --fail apply", "uart0", "--incoming")
+        await faulty.bus.stage(data)
+        with pytest.raises(DeviceRefused):
+            await faulty.bus.apply()
+        with faulty.vmm() as vmm:
+            vmm.reset()
+            # Where it then runs is not the guest's to say.
+            assert (await faulty.bus.info()).state == "STOP"
+            await faulty.bus.set_state("RUNNING")
+            assert vmm.region_read(0, 5, 1) == 0x60
+
+    machines(scenario)
+
+
 def test_a_stage_that_is_refused_leaves_the_device_waiting(machines):
     async def scenario(here, there):
         data = await uart_blob(here)

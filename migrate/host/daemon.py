@@ -64,6 +64,7 @@ class HostDaemon:
         self._bus: Bus | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._private_bus = PrivateBus(self._directory / "bus")
+        self._started = False
         self._up = AsyncExitStack()
 
     @property
@@ -119,7 +120,8 @@ class HostDaemon:
 
         up.push_async_callback(machines.close)
         await machines.adopt()
-        up.push_async_callback(self._jobs.stop)
+        self._jobs.adopt()
+        up.push_async_callback(self._stop_jobs)
         up.push_async_callback(incoming.stop)
         up.callback(self._doubt.stop)
 
@@ -138,8 +140,13 @@ class HostDaemon:
 
         await self._join_bus()
         self._keeper = asyncio.get_running_loop().create_task(self._keep_bus())
-        self._jobs.adopt()
+        self._started = True
         self._doubt.look_everywhere()
+
+    async def _stop_jobs(self) -> None:
+        """Not where this daemon could not even start: what an earlier one left goes on."""
+        if self._started:
+            await self._jobs.stop()
 
     def _spec(self, incarnation: str) -> dict[str, Any]:
         """What every coordinator of this host is told."""

@@ -32,16 +32,17 @@ class Doubt:
         self._machines, self._jobs, self._spec = machines, jobs, spec
         self._pauses: dict[str, float] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._stopped = False
+        self._looking = False
 
     def look_everywhere(self) -> None:
-        """At the daemon's start."""
+        """At the daemon's start, when machines and jobs have been found again; `look` does nothing before."""
+        self._looking = True
         for name in ledger.machines(self._machines.host.directory):
             self.look(name)
 
     def look(self, name: str) -> None:
         """Something about a machine has changed: start asking, if it is in doubt and nobody does."""
-        if self._stopped or name in self._timers or self._jobs.active_of(name) is not None:
+        if not self._looking or name in self._timers or self._jobs.active_of(name) is not None:
             return
         try:
             if self.commit_of(name) is not None:
@@ -53,7 +54,7 @@ class Doubt:
 
     def ended(self, job: Job) -> None:
         """A job ended; one that leaves a doubt which was asked about is tried again later."""
-        if job.kind is not Kind.RECOVER or self._stopped:
+        if job.kind is not Kind.RECOVER or not self._looking:
             self.look(job.machine)
             return
         pause = self._pauses.get(job.machine, FIRST_PAUSE)
@@ -165,7 +166,7 @@ class Doubt:
             await self._jobs.end(active)
 
     def stop(self) -> None:
-        self._stopped = True
+        self._looking = False
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()

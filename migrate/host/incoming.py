@@ -138,6 +138,7 @@ class Incoming:
                 self._take(session, packet)
         except FerryError as error:
             log.error("event=coordinator-broke session=%s error=%s", session.id, error)
+            await session.process.end(patience=END_SECONDS)
         if not await session.process.wait(END_SECONDS):
             await session.process.end(patience=END_SECONDS)
         await self._after(session)

@@ -58,6 +58,7 @@ class Job:
     journal: Journal
     process: Watched | None = None
     commands: int = -1  #: where commands are written
+    last: tuple[int, str] | None = None  #: the outcome, until it is told
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def how_it_ended(self) -> str:
@@ -109,7 +110,7 @@ class Jobs:
         """All events of a job so far, as they were emitted. :raises UsageError: if there is no such job."""
         active = self._active.get(job)
         if active is not None:
-            return list(active.journal.lines)
+            return active.journal.lines[: active.last[0] if active.last else None]
         path = self.directory / f"{job}.jsonl"
         if not _ID.fullmatch(job) or not path.exists():
             raise UsageError(f"there is no job {job[:64]!r}", remedy="jobs are named when they are started")
@@ -165,16 +166,22 @@ class Jobs:
 
     def _open(self, name: str, kind: Kind, machine: str, to: str, of: str) -> Job:
         self._prune()
-        job = Job(name, kind, machine, to, self._journal(name))
-        self._active[name] = job
+        job = self._activate(name, kind, machine, to)
         first = {"event": "job", "job": name, "kind": kind, "machine": machine, "to": to, "of": of}
         job.journal.append({**first, "at": time.time()})
         return job
 
-    def _journal(self, name: str) -> Journal:
-        return Journal(
-            self.directory / f"{name}.jsonl", lambda number, line, _: self._emit(name, number, line)
-        )
+    def _activate(self, name: str, kind: Kind, machine: str, to: str) -> Job:
+        def heard(number: int, line: str, event: dict[str, Any]) -> None:
+            # The outcome is told when the job is over in every respect: whoever hears it may start the next one.
+            if event.get("event") == "outcome":
+                job.last = (number, line)
+            else:
+                self._emit(name, number, line)
+
+        job = Job(name, kind, machine, to, Journal(self.directory / f"{name}.jsonl", heard))
+        self._active[name] = job
+        return job
 
     def _spawn(self, job: Job, command: list[str], spec: Mapping[str, Any]) -> None:
         pipe = self._pipe(job)
@@ -218,8 +225,7 @@ class Jobs:
 
     def _adopt(self, name: str, before: Journal) -> None:
         first = before.first
-        job = Job(name, Kind(first["kind"]), first["machine"], first["to"], self._journal(name))
-        self._active[name] = job
+        job = self._activate(name, Kind(first["kind"]), first["machine"], first["to"])
         job.journal.pump()
         started = [(event["pid"], event["start_time"]) for event in before.of_kind("started")]
         pid, began = started[0] if started else (0, 0)
@@ -241,8 +247,11 @@ class Jobs:
 
     async def _follow_to_its_end(self, job: Job) -> None:
         if job.process is not None:
-            while not await job.process.wait(LOOK_SECONDS):
+            while job.last is None and not await job.process.wait(LOOK_SECONDS):
                 job.journal.pump()
+            if not await job.process.wait(END_SECONDS):
+                log.warning("event=coordinator-lingers job=%s", job.id)
+                await job.process.end(patience=END_SECONDS)
         await self._finish(job)
 
     async def _finish(self, job: Job) -> None:
@@ -258,6 +267,8 @@ class Jobs:
             "event=job-ended job=%s kind=%s machine=%s outcome=%s",
             *(job.id, job.kind, job.machine, (job.journal.outcome or {}).get("outcome")),
         )
+        if job.last is not None:
+            self._emit(job.id, *job.last)
         self._on_end(job)
 
     def _close(self, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""The house stands as docs/architecture.md draws it: imports run one way, one file knows the D-Bus library, what is pure stays pure."""
+"""The house stands as docs/architecture.md draws it: imports run one way, one file knows the D-Bus library, the pure stays pure."""
 
 from __future__ import annotations
 

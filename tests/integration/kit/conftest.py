@@ -81,7 +81,8 @@ class Machine:
         assert self.bus is not None
         while True:
             found = await discover(self.bus)
-            if name in found:
+            # Caught between its two names, a process can be taken for an opaque one.
+            if name in found and not found[name].opaque:
                 return found[name]
             if process is not None and process.returncode is not None:
                 assert process.stderr is not None

@@ -15,11 +15,12 @@ thread that a hook waits for must not take `lock`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from devices.kit.access import MemoryAccess
 from devices.kit.stream import StreamedMemory
+from migrate.bus import Disk
 from migrate.memory import prove
 from migrate.state.lifecycle import DeviceState
 
@@ -94,6 +95,13 @@ class Participant:
     def make_tracker(self, name: str) -> Tracker:
         """The dirty tracker "scan", "log" or "none" for what this process writes. The vCPU has a "log" of its own."""
         return prove.make(name)
+
+    def disks(self) -> Sequence[Disk]:
+        """Its back-end files. `start` locks them (and raises DeviceRefused where it cannot), `release_locks` lets go."""
+        return ()
+
+    def release_locks(self) -> None:
+        """The machine is stopped and may go on elsewhere: let go of the locks on back-end files."""
 
     def finish(self, outcome: str) -> None:
         """The migration ended: "completed" or "aborted"."""

@@ -293,6 +293,18 @@ class Runtime:
             )
         return self.participant.streamed
 
+    def release_locks(self) -> None:
+        """:raise DeviceRefused: it is not stopped."""
+        with self.participant.lock:
+            if self.participant.state not in (_S.STOP, _S.STOP_COPY):
+                raise self._refused(
+                    f"locks are released when stopped, not in {self.participant.state}",
+                    "see the supervisor's log",
+                    Phase.COMMIT,
+                )
+            with self._blame("release_locks", Phase.COMMIT):
+                self.participant.release_locks()
+
     # -- the end --------------------------------------------------------------------------------------------------------------
 
     def finish(self, outcome: str) -> None:

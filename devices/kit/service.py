@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from devices.kit.runtime import Runtime
-from migrate.bus.device import DEVICE, MAX_BLOB, VMSTATE
+from migrate.bus.device import DEVICE, MAX_BLOB, VMSTATE, Disk
 from migrate.state.blob import MAX_BLOB as MAX_ENVELOPE
 from migrate.state.schema import MAX_PAYLOAD
 
@@ -111,6 +111,10 @@ class Service:
     def streams(self) -> bool:
         return self._runtime.streams
 
+    @property
+    def disks(self) -> Sequence[Disk]:
+        return self._runtime.participant.disks()
+
     async def save(self) -> bytes:
         return await self._run(self._runtime.save)
 
@@ -152,6 +156,9 @@ class Service:
 
     async def fingerprint(self) -> bytes:
         return await self._run(self._runtime.fingerprint)
+
+    async def release_locks(self) -> None:
+        await self._run(self._runtime.release_locks)
 
     async def finish(self, outcome: str) -> None:
         await self._run(self._runtime.finish, outcome)

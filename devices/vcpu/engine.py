@@ -27,9 +27,6 @@ from migrate.memory.addresses import PAGE_SHIFT
 #: Instructions in one slice: 0.1 to 1 ms, and 3 µs for starting it. It bounds how long a stop takes.
 SLICE = 20_000
 
-#: State after power-on where the processor's differs from Unicorn's (SDM vol. 1, 10.2.3.1).
-MXCSR_RESET = 0x1F80
-
 ReadWindow = Callable[[int, int], int]
 WriteWindow = Callable[[int, int, int], None]
 
@@ -50,6 +47,18 @@ _PLAIN = {
     "rflags": x86_const.UC_X86_REG_RFLAGS,
     "rip": x86_const.UC_X86_REG_RIP,
     "mxcsr": x86_const.UC_X86_REG_MXCSR,
+}
+
+#: State after power-on. Flags by the names of the SDM, vol. 3, 2.2.1 and 2.5; mxcsr by vol. 1, 10.2.3.1.
+_RESET: Mapping[str, Any] = {
+    "cr0": 0x11,  # PE, ET
+    "cr4": 0x5_0200,  # OSFXSR, FSGSBASE, OSXSAVE
+    "efer": 0x500,  # LME, LMA
+    "rflags": 0x2,
+    "mxcsr": 0x1F80,
+    "gpr": [0] * 16,
+    "xmm": [bytes(16)] * 16,
+    **dict.fromkeys(("cr2", "cr3", "fs_base", "gs_base"), 0),
 }
 
 
@@ -150,9 +159,8 @@ class Engine:
         self.forget_translations()
 
     def reset(self, entry: int) -> None:
-        """As a loader hands over to a kernel: long mode, no paging, all registers 0, at `entry`."""
-        fresh = Engine()
-        self.set_registers(fresh.registers() | {"rip": entry, "mxcsr": MXCSR_RESET})
+        """As a loader hands over to a kernel: long mode without paging, SSE usable, at `entry`."""
+        self.set_registers({**_RESET, "rip": entry})
 
     def forget_translations(self) -> None:
         """Memory changed behind the processor's back: what it translated from there may be stale."""

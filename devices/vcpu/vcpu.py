@@ -13,7 +13,7 @@ from devices.vcpu.platform_file import PlatformFile
 from devices.vcpu.platform_page import PlatformPage, PoweredOff
 from devices.vcpu.runner import Runner
 from devices.vcpu.windows import Window
-from migrate.errors import DeviceRefused, FerryError, MemoryFault, Phase
+from migrate.errors import DeviceRefused, MemoryFault, Phase
 from migrate.memory.mapping import Region
 from migrate.memory.tracker import Tracker
 from migrate.state.lifecycle import DeviceState
@@ -91,15 +91,7 @@ class Vcpu(Participant):
             log.info("event=powered_off id=%s value=%d", self.id, failure.value)
             self._powered_off(failure.value)
             return
-        # A device's own error names that device.
-        device = failure.device if isinstance(failure, FerryError) and failure.device else self.id
-        log.error(
-            "event=vcpu_failed id=%s device=%s reason=%r rip=%#x",
-            self.id,
-            device,
-            str(failure),
-            self._engine.rip,
-        )
+        log.error("event=vcpu_failed id=%s reason=%r rip=%#x", self.id, str(failure), self._engine.rip)
         with self.lock:
             self.state = DeviceState.ERROR
 

@@ -1,18 +1,20 @@
 """The devices as the guest sees them: each one's window of registers becomes vfio-user calls to its process.
 
-Every call has a deadline (vfio_user.client.TIMEOUT). A device that is gone, hangs or refuses raises its error, with its name,
-out of the guest's access.
+Every call has a deadline (vfio_user.client.TIMEOUT). A device that is gone, hangs or refuses raises its error out of the
+guest's access, with its name in the text: on the bus the vCPU speaks for itself only, and `device` is who was called.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from devices.protocols.vfio_user.client import Client
 from devices.vcpu.engine import Engine
 from devices.vcpu.platform_file import WINDOW_SIZE, DeviceEntry
 from devices.vcpu.platform_page import PlatformPage
-from migrate.errors import DeviceRefused, Phase
+from migrate.errors import DeviceError, DeviceRefused, Phase
 from migrate.memory.addresses import PAGE_SIZE
 from migrate.memory.mapping import Region
 
@@ -34,6 +36,11 @@ class Window:
 
         :raise DeviceGone, DeviceTimeout, DeviceRefused: it is not there, does not answer, or is not usable here.
         """
+        with _named(entry.id):
+            return cls._open(entry, engine, page)
+
+    @classmethod
+    def _open(cls, entry: DeviceEntry, engine: Engine, page: PlatformPage) -> Self:
         client = Client.connect(entry.socket, device=entry.id)
         try:
             info = client.info()
@@ -56,15 +63,30 @@ class Window:
 
     def map_memory(self, region: Region) -> None:
         """Let the device reach a region of guest memory."""
-        self._client.dma_map(region.gpa, region.size, region.fd, region.offset)
+        with _named(self._client.device):
+            self._client.dma_map(region.gpa, region.size, region.fd, region.offset)
 
     def read(self, offset: int, size: int) -> int:
         # Between the region's end and the page's there is nothing, as on a bus where nobody answers.
-        return self._client.region_read(_REGION, offset, size) if offset + size <= self._size else 0
+        if offset + size > self._size:
+            return 0
+        with _named(self._client.device):
+            return self._client.region_read(_REGION, offset, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset + size <= self._size:
-            self._client.region_write(_REGION, offset, size, value)
+            with _named(self._client.device):
+                self._client.region_write(_REGION, offset, size, value)
 
     def close(self) -> None:
         self._client.close()
+
+
+@contextmanager
+def _named(device: str) -> Iterator[None]:
+    try:
+        yield
+    except DeviceError as error:
+        error.reason = f"its device {device}: {error.reason}"
+        error.device = None
+        raise

@@ -9,7 +9,7 @@ supervisor.py of org.vmferry.Supervisor1, host.py of org.vmferry.Host1.
 from migrate.bus.client import DeviceClient, DeviceInfo, discover
 from migrate.bus.connection import Bus
 from migrate.bus.daemon import PrivateBus
-from migrate.bus.device import DeviceService, device_interfaces
+from migrate.bus.device import DeviceService, Disk, device_interfaces
 from migrate.bus.service import Call, Interface, Method, Property, Signal
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "DeviceClient",
     "DeviceInfo",
     "DeviceService",
+    "Disk",
     "Interface",
     "Method",
     "PrivateBus",

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from migrate.bus import library
 from migrate.bus.connection import Bus
-from migrate.bus.device import DEVICE, MAX_BLOB, PATH, VMSTATE
+from migrate.bus.device import DEVICE, MAX_BLOB, PATH, VMSTATE, Disk
 from migrate.errors import DeviceGone, DeviceRefused, DeviceTimeout, Phase
 
 #: Seconds that a participant may take for each method, unless the caller says otherwise. Those that are called while the
@@ -37,6 +37,7 @@ DEADLINES: Final[Mapping[str, float]] = MappingProxyType(
         "StreamRead": 10.0,
         "StreamWrite": 10.0,
         "Fingerprint": 30.0,  # reads the whole state, streamed part included
+        "ReleaseLocks": 5.0,
         "Finish": 5.0,
     }
 )
@@ -45,6 +46,7 @@ _PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _PEER: Final = "org.freedesktop.DBus.Peer"
 _MAX_ID: Final = 255
 _MAX_VERSIONS: Final = 1000
+_MAX_DISKS: Final = 8
 _DIGEST: Final = 32
 
 
@@ -64,6 +66,7 @@ class DeviceInfo:
     state: str = ""
     tracker: str = ""
     streams: bool = False
+    disks: tuple[Disk, ...] = ()
 
 
 class DeviceClient:
@@ -118,7 +121,14 @@ class DeviceClient:
             state=read("State", str),
             tracker=read("Tracker", str),
             streams=read("Streams", bool),
+            disks=tuple(self._disk(item, phase) for item in read("Disks", list, _MAX_DISKS)),
         )
+
+    def _disk(self, item: Any, phase: Phase | str | None) -> Disk:
+        option, size, read_only = (item.get(key) for key in ("option", "size", "read_only"))
+        if not isinstance(option, str) or not isinstance(size, int) or not isinstance(read_only, bool):
+            raise self._refused(f"its property Disks is not what {DEVICE} promises", phase)
+        return Disk(option, size, read_only)
 
     async def save(self, *, timeout: float | None = None, phase: Phase | str | None = None) -> bytes:
         """org.qemu.VMState1.Save: an atomic snapshot; the device goes on."""
@@ -210,6 +220,10 @@ class DeviceClient:
             raise self._refused(f"its fingerprint has {len(digest)} bytes where SHA-256 has {_DIGEST}", phase)
         return bytes(digest)
 
+    async def release_locks(self, *, timeout: float | None = None, phase: Phase | str | None = None) -> None:
+        """Let go of the locks on its back-end files; it is stopped."""
+        await self._device("ReleaseLocks", "", (), "", timeout, phase)
+
     async def finish(
         self, outcome: str, *, timeout: float | None = None, phase: Phase | str | None = None
     ) -> None:
@@ -277,7 +291,8 @@ async def discover(bus: Bus, *, timeout: float | None = None) -> dict[str, Devic
     is none, DeviceTimeout for a process that does not tell its Id within `timeout` seconds (named by its pid), BusError.
     """
     patience = DEADLINES["GetAll"] if timeout is None else timeout
-    typed, carried = await asyncio.gather(bus.queued_owners(DEVICE), bus.queued_owners(VMSTATE))
+    # In this order: the kit takes Device1's name first, so that no process between its two names looks opaque.
+    carried, typed = await asyncio.gather(bus.queued_owners(VMSTATE), bus.queued_owners(DEVICE))
     names = list(dict.fromkeys((*typed, *carried)))
     answers = await asyncio.gather(*(_ask_id(bus, name, patience) for name in names), return_exceptions=True)
     found: dict[str, DeviceClient] = {}

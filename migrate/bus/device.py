@@ -6,8 +6,10 @@ What a device *is* lives in devices/kit; here is only how its methods look on th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from migrate.bus import library
 from migrate.bus.service import Call, Interface, Method, Property
 
 #: Where every participant exports both interfaces (QEMU docs/interop/dbus-vmstate.rst fixes it).
@@ -18,6 +20,23 @@ DEVICE: Final = "org.vmferry.Device1"
 
 #: What a blob may weigh, and the most that QEMU carries a helper (DBUS_VMSTATE_SIZE_LIMIT). Above it, state is streamed.
 MAX_BLOB: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A back-end file of a participant: the option that names it, its size in bytes, and whether it is only read."""
+
+    option: str
+    size: int
+    read_only: bool
+
+
+def _disk_to_bus(disk: Disk) -> dict[str, Any]:
+    return {
+        "option": library.variant("s", disk.option),
+        "size": library.variant("t", disk.size),
+        "read_only": library.variant("b", disk.read_only),
+    }
 
 
 class DeviceService(Protocol):
@@ -47,6 +66,8 @@ class DeviceService(Protocol):
     def tracker(self) -> str: ...
     @property
     def streams(self) -> bool: ...
+    @property
+    def disks(self) -> Sequence[Disk]: ...
 
     async def save(self) -> bytes: ...
     async def load(self, data: bytes) -> None: ...
@@ -71,6 +92,7 @@ class DeviceService(Protocol):
 
     async def stream_write(self, chunk: int, size: int) -> None: ...
     async def fingerprint(self) -> bytes: ...
+    async def release_locks(self) -> None: ...
     async def finish(self, outcome: str) -> None: ...
 
 
@@ -109,6 +131,7 @@ def device_interfaces(service: DeviceService) -> tuple[Interface, Interface]:
             method("StreamRead", service.stream_read, "max_bytes:t", "chunk:h size:t remaining:t"),
             method("StreamWrite", service.stream_write, "chunk:h size:t"),
             method("Fingerprint", service.fingerprint, gives="digest:ay"),
+            method("ReleaseLocks", service.release_locks),
             method("Finish", service.finish, "outcome:s"),
         ),
         properties=(
@@ -120,6 +143,7 @@ def device_interfaces(service: DeviceService) -> tuple[Interface, Interface]:
             Property("State", "s", lambda: str(service.state)),
             Property("Tracker", "s", lambda: service.tracker),
             Property("Streams", "b", lambda: service.streams),
+            Property("Disks", "aa{sv}", lambda: [_disk_to_bus(disk) for disk in service.disks]),
         ),
     )
     return device, vmstate

@@ -123,4 +123,5 @@ def _tree(kind: type[FerryError]) -> Iterator[type[FerryError]]:
         yield from _tree(below)
 
 
-_BY_CODE: Final = {kind.code: kind for kind in _tree(FerryError)}
+#: Only the tree itself: a subclass elsewhere may be made otherwise, and no peer may name it.
+_BY_CODE: Final = {kind.code: kind for kind in _tree(FerryError) if kind.__module__ == FerryError.__module__}

@@ -20,7 +20,7 @@ import numpy as np
 
 from migrate import __version__
 from migrate.bus import Bus
-from migrate.coordinator import preflight
+from migrate.coordinator import disks, preflight
 from migrate.coordinator.dialling import credentials_of
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.link import Link, PeerRejected
@@ -28,6 +28,7 @@ from migrate.coordinator.outcome import Emit, wire_reasons
 from migrate.coordinator.pages_in import PageReceiver, PageSink
 from migrate.coordinator.participants import Participants
 from migrate.errors import FerryError, IncompatibleError, Phase, Reason, RemoteProtocolError, TransportError
+from migrate.machine.hostconfig import HostConfig
 from migrate.memory import GuestMemory
 from migrate.protocol import frames
 from migrate.protocol import messages as m
@@ -64,6 +65,8 @@ class Spec:
 class Host(Protocol):
     """What the daemon does for us: it starts supervisors and knows the ledgers; we have the network."""
 
+    @property
+    def config(self) -> HostConfig: ...
     def offers(self, type_name: str) -> Reason | None: ...
     def free_bytes(self) -> int: ...
     async def incoming(self, machine: dict[str, Any], job: str, peer: str) -> str: ...
@@ -175,14 +178,18 @@ class DestinationMigration:
         """Every reason against this machine that this host can find; with none, its participants wait on the bus."""
         reasons = preflight.check_memory(manifest, self.host.free_bytes())
         offered = []
+        images: dict[str, dict[str, str]] = {}
         for entry in manifest.devices:
             against = self.host.offers(entry.type)
-            if against is None:
-                offered.append(entry.id)
-            else:
+            if against is not None:
                 reasons.append(Reason(entry.id, str(Phase.PREFLIGHT), against.reason, against.remedy))
+                continue
+            images[entry.id], against_disks = disks.find(self.host.config, entry)
+            reasons += against_disks
+            if not against_disks:
+                offered.append(entry.id)
         try:
-            machine = preflight.incoming_config(manifest, offered)
+            machine = preflight.incoming_config(manifest, offered, images)
             address = await self.host.incoming(preflight.as_json(machine), manifest.job, peer)
             self._bus = await Bus.connect(address)
             self._parts = await Participants.find(self._bus)

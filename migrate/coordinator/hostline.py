@@ -96,11 +96,15 @@ class HostLine:
 
     # -- what the coordinator needs (destination.Host) ---------------------------------------------------------------------
 
+    @property
+    def config(self) -> hostconfig.HostConfig:
+        assert self._host is not None
+        return self._host
+
     def offers(self, type_name: str) -> Reason | None:
         """None, or why this host cannot run a device of this type."""
-        assert self._host is not None
         try:
-            self._host.command_of(type_name)
+            self.config.command_of(type_name)
         except UsageError as error:
             return error.as_reason()
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from migrate.bus import Bus, DeviceClient, DeviceInfo, discover
 from migrate.bus.supervisor import SupervisorClient
 from migrate.errors import DeviceGone, Phase, Reason
 from migrate.memory import DirtyBitmap, GuestMemory, read_sealed, sealed_bytes
-from migrate.protocol.messages import MAX_CHUNK, DeviceEntry
+from migrate.protocol.messages import MAX_CHUNK, DeviceEntry, DiskEntry
 from migrate.state import DeviceState
 
 T = TypeVar("T")
@@ -32,9 +32,20 @@ class Member:
     def id(self) -> str:
         return self.info.id
 
-    def to_entry(self) -> DeviceEntry:
-        """Its line in the manifest."""
+    def to_entry(self, tokens: Mapping[tuple[str, str], str]) -> DeviceEntry:
+        """Its line in the manifest. Of a disk only the file's name travels."""
         info, entry = self.info, self.entry
+        disks = [
+            DiskEntry(
+                disk.option,
+                os.path.basename(entry["images"][disk.option]),
+                disk.size,
+                disk.read_only,
+                tokens.get((info.id, disk.option), ""),
+            )
+            for disk in info.disks
+            if disk.option in entry["images"]
+        ]
         return DeviceEntry(
             id=info.id,
             type=entry["type"] if info.opaque else info.type,
@@ -45,7 +56,9 @@ class Member:
             opaque=info.opaque,
             gpa=entry["gpa"],
             irq=entry["irq"],
+            vectors=entry["vectors"],
             options=entry["options"],
+            disks=tuple(disks),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from migrate.coordinator.pages_out import Sent
 from migrate.coordinator.participants import Participants, tracker_of
@@ -58,7 +58,10 @@ def check_hello(hello: m.Hello) -> None:
         )
 
 
-def manifest(parts: Participants, job: str, epoch: int, *, check_only: bool) -> m.Manifest:
+def manifest(
+    parts: Participants, job: str, epoch: int, tokens: Mapping[tuple[str, str], str], *, check_only: bool
+) -> m.Manifest:
+    """:param tokens: those written beside the images, by device and option."""
     description = parts.description
     return m.Manifest(
         machine=description["name"],
@@ -66,7 +69,7 @@ def manifest(parts: Participants, job: str, epoch: int, *, check_only: bool) -> 
         epoch=epoch,
         check_only=check_only,
         regions=tuple(m.RegionEntry(region["gpa"], region["size"]) for region in description["regions"]),
-        devices=tuple(member.to_entry() for member in parts.members),
+        devices=tuple(member.to_entry(tokens) for member in parts.members),
         features=FEATURES,
     )
 
@@ -99,8 +102,12 @@ def stopped(number: int, sent: Sent, blobs: dict[str, bytes]) -> m.Stopped:
 # -- the destination's side ------------------------------------------------------------------------------------------------
 
 
-def incoming_config(manifest: m.Manifest, available: Sequence[str]) -> MachineConfig:
-    """The machine that a manifest describes, with those participants that this host offers. Nothing in it is a path.
+def incoming_config(
+    manifest: m.Manifest, available: Sequence[str], images: Mapping[str, dict[str, str]]
+) -> MachineConfig:
+    """The machine that a manifest describes, with those participants that this host offers. Nothing of the peer's is a path.
+
+    :param images: by device and option, where this host has them.
 
     :raises UsageError: if it is no machine: the peer is hostile until it has proved otherwise.
     """

@@ -19,7 +19,7 @@ import numpy as np
 
 from migrate import __version__
 from migrate.bus import Bus
-from migrate.coordinator import doubt, preflight
+from migrate.coordinator import disks, doubt, preflight
 from migrate.coordinator.dialling import Dialler
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.link import Link
@@ -103,6 +103,7 @@ class SourceMigration:
         self._phase = Phase.PREFLIGHT
         self._parts: Participants | None = None
         self._link: Link | None = None
+        self._blobs: dict[str, bytes] = {}
         self._begun = False
         self._committing = False
         self._epoch = 0
@@ -129,6 +130,7 @@ class SourceMigration:
                     ) from None
             except FerryError as error:
                 await self._give_up(error)
+        self._keep()
         return self.outcome
 
     async def _migrate(self, stack: AsyncExitStack) -> None:
@@ -138,13 +140,16 @@ class SourceMigration:
         stack.push_async_callback(bus.close)
         self._parts = parts = await Participants.find(bus)
         preflight.check_source(parts)
+        tokens = disks.Tokens()
+        stack.callback(tokens.remove)
+        tokens.write(parts)
         self._epoch = parts.description["next_epoch"]
         if not spec.check_only:
             self._epoch = await parts.supervisor.begin_outgoing(spec.job, spec.to)
             self._begun = True
         self._link = link = Link(await self._dialler.control(), Role.SOURCE)
         stack.push_async_callback(link.close)
-        agreed = await self._offer(parts, link)
+        agreed = await self._offer(parts, link, tokens)
         if spec.check_only:
             await self._say(m.Bye())
             self._finish("checked", "source", 0)
@@ -156,7 +161,7 @@ class SourceMigration:
         await transfer.precopy(dirty)
         await self._switch_over(transfer, dirty, agreed)
 
-    async def _offer(self, parts: Participants, link: Link) -> Agreed:
+    async def _offer(self, parts: Participants, link: Link, tokens: disks.Tokens) -> Agreed:
         """HELLO and the manifest; every reason against it comes back at once."""
         spec = self.spec
         await link.send(
@@ -164,7 +169,9 @@ class SourceMigration:
         )
         hello = await link.expect(m.Hello, timeout=ACCEPT_SECONDS)
         preflight.check_hello(hello)
-        await link.send(preflight.manifest(parts, spec.job, self._epoch, check_only=spec.check_only))
+        await link.send(
+            preflight.manifest(parts, spec.job, self._epoch, tokens.by_disk, check_only=spec.check_only)
+        )
         answer = await link.receive(timeout=ACCEPT_SECONDS)
         if isinstance(answer, m.Refuse):
             raise IncompatibleError(
@@ -233,6 +240,7 @@ class SourceMigration:
         self._enter(Phase.SAVE)
         number = len(self.outcome.rounds) + 1
         (blobs, saves), sent = await link.during(transfer.last_pass(number, dirty))
+        self._blobs = blobs
         saved = time.monotonic_ns()
         await transfer.send_states(number, blobs, sent)
         sent_at = time.monotonic_ns()
@@ -244,7 +252,6 @@ class SourceMigration:
         committed = await self._commit(parts, link)
         await self.hold.at("committed")
         running = await self._hand_over(parts, link, agreed, committed, paused=stopping["paused"])
-        self._keep(blobs)
         if running is None:
             return
         total = (time.monotonic_ns() - began - verified_ns) / 1e6
@@ -377,12 +384,19 @@ class SourceMigration:
                 self.outcome.reasons.append(failure.as_reason())
                 self.outcome.running_on = "neither"
 
-    def _keep(self, blobs: dict[str, bytes]) -> None:
-        if self.spec.keep:
-            directory = Path(self.spec.keep)
+    def _keep(self) -> None:
+        """Leave what was saved after the stop, however it ended. A disk that is full is no reason to lose the outcome."""
+        if not self.spec.keep:
+            return
+        directory = Path(self.spec.keep)
+        try:
             directory.mkdir(parents=True, exist_ok=True)
-            for device, blob in blobs.items():
+            for device, blob in self._blobs.items():
                 (directory / f"{os.path.basename(device)}.blob").write_bytes(blob)
+        except OSError as error:
+            self.emit(
+                {"event": "warning", "warning": f"the blobs cannot be kept in {directory}: {error.strerror}"}
+            )
 
 
 def slowest(*times: dict[str, int]) -> str | None:

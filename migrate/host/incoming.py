@@ -198,7 +198,7 @@ class Incoming:
 
     async def _incoming(self, session: Session, job: str, packet: dict[str, Any]) -> str:
         """The bus of a supervisor that waits for a machine."""
-        config = machine_of(packet.get("machine"))
+        config = machine_of(packet.get("machine"), self._machines.host)
         if session.launched is not None:
             raise RemoteProtocolError("one machine a connection", phase=Phase.PREFLIGHT)
         async with self._machines.alone(config.name):

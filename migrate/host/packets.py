@@ -5,6 +5,7 @@ The coordinator faces the network, so what comes from it is bounded and checked;
 
 from __future__ import annotations
 
+import array
 import asyncio
 import json
 import os
@@ -16,6 +17,7 @@ from migrate.errors import LocalProtocolError, RemoteProtocolError, TransportErr
 
 MAX_PACKET: Final = 128 << 10
 MAX_FDS: Final = 8
+_INT: Final = array.array("i").itemsize
 
 
 class Packets:
@@ -57,9 +59,7 @@ class Packets:
         """
         while True:
             try:
-                data, fds, flags, _ = socket.recv_fds(
-                    self._sock, MAX_PACKET, MAX_FDS, socket.MSG_CMSG_CLOEXEC
-                )
+                data, fds, flags = receive_fds(self._sock, MAX_PACKET, MAX_FDS)
                 break
             except BlockingIOError:
                 await self._ready(self._loop.add_reader, self._loop.remove_reader)
@@ -86,6 +86,16 @@ class Packets:
 
     def close(self) -> None:
         self._sock.close()
+
+
+def receive_fds(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+    """One message with its descriptors, close-on-exec, and recvmsg's flags. (socket.recv_fds ignores the flags it is given.)"""
+    data, ancillary, flags, _ = sock.recvmsg(size, socket.CMSG_LEN(most * _INT), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) // _INT * _INT])
+    return data, list(fds), flags
 
 
 def close_all(fds: Sequence[int]) -> None:

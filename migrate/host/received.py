@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +16,14 @@ from migrate.machine.config import (
     RegionConfig,
     check_regions,
 )
+from migrate.machine.hostconfig import HostConfig
 
 MAX_REGIONS = 64
 _WHERE = "the manifest"
 
 
-def machine_of(raw: object) -> MachineConfig:
-    """The machine, with nothing in it that names a file or a command of this host.
+def machine_of(raw: object, host: HostConfig) -> MachineConfig:
+    """The machine, with no command in it, and no path but of images where this host keeps them.
 
     :raises UsageError: if it is not one.
     """
@@ -35,13 +37,13 @@ def machine_of(raw: object) -> MachineConfig:
         raise _bad(f"has no list of at most {MAX_DEVICES} devices")
     memory = [RegionConfig(_number(item, "gpa"), _number(item, "size")) for item in regions]
     check_regions(memory, _WHERE)
-    members = [_device(item) for item in devices]
+    members = [_device(item, host) for item in devices]
     if len({member.id for member in members}) != len(members):
         raise _bad("has two devices with one id")
     return MachineConfig(str(raw["name"]), memory, members, vcpu=raw.get("vcpu") is True)
 
 
-def _device(raw: object) -> DeviceConfig:
+def _device(raw: object, host: HostConfig) -> DeviceConfig:
     if not isinstance(raw, Mapping) or not all(_is_name(raw.get(key)) for key in ("id", "type", "protocol")):
         raise _bad("has a device without id, type or protocol")
     options = raw.get("options", {})
@@ -55,8 +57,22 @@ def _device(raw: object) -> DeviceConfig:
         raw["protocol"],
         gpa=_number(raw, "gpa"),
         irq=_number(raw, "irq"),
+        vectors=_number(raw, "vectors"),
+        tracker="compare" if raw.get("tracker") == "compare" else "",
         options=dict(options),
+        local=_images(raw.get("local", {}), host),
     )
+
+
+def _images(raw: object, host: HostConfig) -> dict[str, str]:
+    if not isinstance(raw, Mapping):
+        raise _bad("has images that are none")
+    found = {}
+    for option, path in raw.items():
+        if option != "image" or not isinstance(path, str) or str(host.image(os.path.basename(path))) != path:
+            raise _bad(f"names a file of this host that is no image ({option})")
+        found[option] = path
+    return found
 
 
 def _is_name(value: object) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from migrate.errors import FerryError, RemoteProtocolError, UsageError
-from migrate.host.packets import close_all
+from migrate.host.packets import close_all, receive_fds
 from migrate.transport import preamble
 from migrate.transport.sockets import describe_peer
 
@@ -101,10 +101,10 @@ async def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     loop.add_reader(connection, readable.set)
     try:
         await readable.wait()
-        data, fds, _, _ = socket.recv_fds(connection, preamble.SIZE + 1, 4, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _ = receive_fds(connection, preamble.SIZE + 1, 4)
     finally:
         loop.remove_reader(connection)
-    return data, list(fds)
+    return data, fds
 
 
 def _answer(connection: socket.socket, what: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ class DeviceConfig:
     protocol: str = "vfio-user"
     gpa: int = 0
     irq: int = 0
+    vectors: int = 1  #: pending bits from `irq` on, one for each interrupt vector
     tracker: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     local: Mapping[str, str] = field(default_factory=dict)
@@ -229,7 +230,7 @@ def check_regions(regions: Sequence[RegionConfig], where: str) -> None:
 def _device(raw: object, where: str, number: int, base: Path) -> DeviceConfig:
     local = ("output", "input", "image")
     table = _Table(
-        raw, where, ("id", "type", "protocol", "command", "tracker", "irq", "options", *local)
+        raw, where, ("id", "type", "protocol", "command", "tracker", "irq", "vectors", "options", *local)
     )  # fmt: skip
     command = table.raw.get("command", [])
     if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
@@ -240,12 +241,14 @@ def _device(raw: object, where: str, number: int, base: Path) -> DeviceConfig:
     if not isinstance(options, Mapping):
         raise UsageError(f"{where}: options is not a table", remedy='write options = { vram = "64M" }')
     irq = table.number("irq")
+    vectors = table.number("vectors")
     return DeviceConfig(
         id=table.text("id"),
         type=table.text("type"),
         protocol=table.choice("protocol", ("vfio-user",), "vfio-user"),
         gpa=WINDOW_BASE + (number - 1) * WINDOW_SIZE,
         irq=number if irq is None else irq,
+        vectors=1 if vectors is None else vectors,
         tracker=table.choice("tracker", TRACKERS, ""),
         options={key: str(value) for key, value in options.items()},
         local={key: str((base / table.text(key)).resolve()) for key in local if key in table.raw},
@@ -271,9 +274,13 @@ def _check_devices(devices: Sequence[DeviceConfig], where: str) -> None:
             raise UsageError(
                 f"{where}: {device.id}: the type {device.type!r} is not one", remedy="name a schema"
             )
-        if not 0 < device.irq < 64 or device.irq in irqs:
+        lines = range(device.irq, device.irq + device.vectors)
+        taken = next((irqs[line] for line in lines if line in irqs), "")
+        if not lines or lines[0] < 1 or lines[-1] > 63 or taken:
             raise UsageError(
-                f"{where}: {device.id}: irq {device.irq} is taken or not 1 to 63", remedy="choose another"
+                f"{where}: {device.id}: its interrupts {device.irq} to {device.irq + device.vectors - 1} are "
+                + (f"partly {taken}'s" if taken else "not within 1 to 63"),
+                remedy="choose another irq",
             )
         for key, value in device.options.items():
             if not NAME.fullmatch(key) or not OPTION.fullmatch(value):
@@ -282,4 +289,4 @@ def _check_devices(devices: Sequence[DeviceConfig], where: str) -> None:
                     remedy="options are seen by the guest and travel; paths have keys of their own (output, image)",
                 )
         ids.add(device.id)
-        irqs[device.irq] = device.id
+        irqs.update(dict.fromkeys(lines, device.id))

@@ -5,11 +5,14 @@
     [device.display]
     available = false                                                        # this host does not have it
 
+    images = ["/srv/images"]    # where the images of machines that arrive are looked up, by file name
+
 A type that is not named is looked up among the installed ones (entry points of the group `vmferry.devices`).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -36,6 +39,23 @@ class HostConfig:
 
     directory: Path
     devices: Mapping[str, DeviceOffer] = field(default_factory=dict)
+    images: Sequence[Path] = ()
+
+    def image(self, name: str) -> Path:
+        """Where the image of that file name is on this host. A name, never a path, comes over the wire.
+
+        :raises UsageError: if no directory of `images` has it.
+        """
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise UsageError(f"{name[:80]!r} is not a file name", remedy="see the source's manifest")
+        for directory in self.images:
+            if (directory / name).exists():
+                return directory / name
+        where = ", ".join(map(str, self.images)) or "nowhere: its host.toml has no `images`"
+        raise UsageError(
+            f"the image {name!r} is not on this host (looked in {where})",
+            remedy="mount the shared storage there and name its directory in host.toml: images = […]",
+        )
 
     def machine_directory(self, name: str) -> Path:
         return self.directory / "machines" / name
@@ -74,7 +94,7 @@ def load(directory: Path) -> HostConfig:
         return HostConfig(directory)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}", remedy="mend it") from None
-    check_keys(raw, str(path), ("device",))
+    check_keys(raw, str(path), ("device", "images"))
     devices = {}
     for name, table in raw.get("device", {}).items():
         where = f"{path}: [device.{name}]"
@@ -89,4 +109,11 @@ def load(directory: Path) -> HostConfig:
         if not isinstance(available, bool):
             raise UsageError(f"{where}: available is neither true nor false", remedy="mend it")
         devices[name] = DeviceOffer(tuple(command), available)
-    return HostConfig(directory, devices)
+    images = raw.get("images", [])
+    if not isinstance(images, list) or not all(
+        isinstance(item, str) and os.path.isabs(item) for item in images
+    ):
+        raise UsageError(
+            f"{path}: images is not a list of absolute paths", remedy='write images = ["/srv/images"]'
+        )
+    return HostConfig(directory, devices, tuple(Path(item) for item in images))

@@ -112,6 +112,7 @@ class Roster:
         return {
             "devices": [
                 {"id": d.id, "type": d.type, "socket": self.socket_of(d), "gpa": d.gpa, "irq": d.irq}
+                | ({"vectors": d.vectors} if d.vectors > 1 else {})
                 for d in self.machine.devices
             ],
             "guest": self.machine.guest or None,
@@ -213,6 +214,12 @@ class Roster:
     async def resume(self, stopped_ns: int) -> None:
         await self.prepare(stopped_ns)
         await self.release(stopped_ns)
+
+    async def release_locks(self) -> None:
+        """Let go of the locks on back-end files; entering RUNNING_P2P takes them again."""
+        await self._each(
+            (p for p in self.all() if p.info.disks), lambda p: p.client.release_locks(phase=Phase.COMMIT)
+        )
 
     async def end_migration(self, outcome: str) -> None:
         """Tracking off, and `Finish`; a participant that fails here is logged, for nothing depends on it any more."""

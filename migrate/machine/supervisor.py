@@ -154,6 +154,8 @@ class Supervisor:
                     "bus_name": p.client.unique_name,
                     "gpa": p.config.gpa,
                     "irq": p.config.irq,
+                    "vectors": p.config.vectors,
+                    "images": {key: p.config.local[key] for key in ("image",) if key in p.config.local},
                     "options": dict(p.config.options),
                     "tracker": p.config.tracker,
                     "version": p.info.version,
@@ -218,6 +220,9 @@ class Supervisor:
             found = self._require_job(job, S.STOPPED)
             if epoch != found.epoch:
                 raise UsageError(f"epoch {epoch} is not this job's ({found.epoch})", phase=Phase.COMMIT)
+            await (
+                self.roster.release_locks()
+            )  # the destination takes them before it commits; a failure here aborts
             self.ledger.write(Entry.COMMIT, job, epoch, peer=found.peer)
             self._enter(S.IN_DOUBT, f"COMMIT was sent to {found.peer}; it has not answered")
             return self._stopped_ns()

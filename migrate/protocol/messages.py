@@ -7,13 +7,28 @@ of messages is checked against this file by a test.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import ClassVar
 
 import msgpack
 
-from migrate.errors import Phase, Reason, RemoteProtocolError
+from migrate.errors import Reason
+from migrate.protocol.fields import (
+    Bool,
+    Bytes,
+    Check,
+    Int,
+    List,
+    Map,
+    Reasons,
+    Struct,
+    Text,
+    bad,
+    build,
+    plain,
+    spec,
+)
 from migrate.protocol.frames import MAX_CONTROL
 
 PROTOCOL_VERSION = 1
@@ -22,121 +37,17 @@ MAX_REGIONS = 64
 MAX_BLOB = 16 << 20
 MAX_CHUNK = 4 << 20
 
-Check = Callable[[object, str], object]
+#: Longest list of any message: START's extents.
+MAX_LIST = 4096
+#: Most lists, maps and entries of these in any message (a manifest's devices): one hostile byte can be a map that costs 64.
+MAX_ITEMS = 1 << 17
+
+U32, U64 = Int(1 << 32), Int(1 << 64)
+ID, NAME, TEXT, DIGEST, BOOL = Text(255), Text(255), Text(2000), Bytes(32, exactly=True), Bool()
 
 
-def _bad(where: str, why: str) -> RemoteProtocolError:
-    return RemoteProtocolError(
-        f"the peer sent a message whose {where} {why}",
-        phase=Phase.PREFLIGHT,
-        remedy="check that both hosts run versions of vmferry that talk to each other",
-    )
-
-
-def _int(limit: int) -> Check:
-    def check(value: object, where: str) -> object:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
-            raise _bad(where, f"is not an integer from 0 to {limit - 1}")
-        return value
-
-    return check
-
-
-def _text(limit: int) -> Check:
-    def check(value: object, where: str) -> object:
-        if not isinstance(value, str) or len(value) > limit:
-            raise _bad(where, f"is not a text of at most {limit} characters")
-        return value
-
-    return check
-
-
-def _bytes(limit: int, exactly: int | None = None) -> Check:
-    def check(value: object, where: str) -> object:
-        if (
-            not isinstance(value, bytes)
-            or len(value) > limit
-            or (exactly is not None and len(value) != exactly)
-        ):
-            raise _bad(where, f"is not {exactly if exactly is not None else f'at most {limit}'} bytes")
-        return value
-
-    return check
-
-
-def _bool(value: object, where: str) -> object:
-    if not isinstance(value, bool):
-        raise _bad(where, "is not true or false")
-    return value
-
-
-def _list(item: Check, limit: int) -> Check:
-    def check(value: object, where: str) -> object:
-        if not isinstance(value, list | tuple) or len(value) > limit:
-            raise _bad(where, f"is not a list of at most {limit}")
-        return tuple(item(entry, f"{where}[{index}]") for index, entry in enumerate(value))
-
-    return check
-
-
-def _map(item: Check, limit: int = MAX_DEVICES) -> Check:
-    def check(value: object, where: str) -> object:
-        if not isinstance(value, Mapping) or len(value) > limit:
-            raise _bad(where, f"is not a map of at most {limit}")
-        return {str(ID(key, where)): item(entry, f"{where}.{key}") for key, entry in value.items()}
-
-    return check
-
-
-def _struct(kind: Callable[[], type[Any]]) -> Check:
-    def check(value: object, where: str) -> object:
-        if isinstance(value, kind()):
-            return value
-        return _build(kind(), value, where)
-
-    return check
-
-
-def _reasons(value: object, where: str) -> object:
-    if not isinstance(value, list | tuple) or len(value) > 1024:
-        raise _bad(where, "is not a list of at most 1024 reasons")
-    return tuple(entry if isinstance(entry, Reason) else Reason.from_wire(entry) for entry in value)
-
-
-U32, U64 = _int(1 << 32), _int(1 << 64)
-ID, NAME, TEXT, DIGEST = _text(255), _text(255), _text(2000), _bytes(32, 32)
-
-
-def spec(check: Check, **kwargs: Any) -> Any:
-    return field(metadata={"check": check}, **kwargs)
-
-
-def _build(kind: type[Any], value: object, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise _bad(where, "is not a map")
-    wanted = {item.name: item for item in fields(kind)}
-    for key in value:
-        if key not in wanted:
-            raise _bad(where, f"has an unknown field {str(key)[:40]!r}")
-    made = {}
-    for name, item in wanted.items():
-        if name not in value:
-            raise _bad(where, f"lacks the field {name!r}")
-        made[name] = item.metadata["check"](value[name], f"{where}.{name}")
-    return kind(**made)
-
-
-def _plain(value: object) -> object:
-    """The value as MessagePack writes it."""
-    if isinstance(value, Reason):
-        return value.to_wire()
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if hasattr(value, "__dataclass_fields__"):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}  # type: ignore[arg-type]
-    return value
+def _by_device(item: Check, limit: int = MAX_DEVICES) -> Map:
+    return Map(ID, item, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +57,32 @@ class RegionEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskEntry:
+    """A back-end file on storage that both hosts share: its file name, and the token that the source wrote beside it."""
+
+    option: str = spec(NAME)
+    name: str = spec(NAME)
+    size: int = spec(U64)
+    read_only: bool = spec(BOOL)
+    token: str = spec(Text(64))
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceEntry:
     """One participant in the manifest. `options` are the guest-visible ones; no path travels in them."""
 
     id: str = spec(ID)
     type: str = spec(NAME)
     protocol: str = spec(NAME)
-    versions: tuple[int, ...] = spec(_list(U32, 64))
-    digest: bytes = spec(_bytes(32))
+    versions: tuple[int, ...] = spec(List(U32, 64))
+    digest: bytes = spec(Bytes(32))
     tracker: str = spec(NAME)
-    opaque: bool = spec(_bool)
+    opaque: bool = spec(BOOL)
     gpa: int = spec(U64)
     irq: int = spec(U32)
-    options: dict[str, str] = spec(_map(_text(1000), 64))
+    vectors: int = spec(U32)
+    options: dict[str, str] = spec(_by_device(Text(1000), 64))
+    disks: tuple[DiskEntry, ...] = spec(List(Struct(DiskEntry), 8))
 
 
 REGISTRY: dict[str, type[Message]] = {}
@@ -179,7 +103,7 @@ class Message:
 class Hello(Message):
     """First from each side. `incarnation` names the host's ledger: one that was wiped has another."""
 
-    versions: tuple[int, ...] = spec(_list(U32, 64))
+    versions: tuple[int, ...] = spec(List(U32, 64))
     software: str = spec(NAME)
     host: str = spec(NAME)
     incarnation: str = spec(NAME)
@@ -192,10 +116,10 @@ class Manifest(Message):
     machine: str = spec(NAME)
     job: str = spec(NAME)
     epoch: int = spec(U64)
-    check_only: bool = spec(_bool)
-    regions: tuple[RegionEntry, ...] = spec(_list(_struct(lambda: RegionEntry), MAX_REGIONS))
-    devices: tuple[DeviceEntry, ...] = spec(_list(_struct(lambda: DeviceEntry), MAX_DEVICES))
-    features: tuple[str, ...] = spec(_list(NAME, 64))
+    check_only: bool = spec(BOOL)
+    regions: tuple[RegionEntry, ...] = spec(List(Struct(RegionEntry), MAX_REGIONS))
+    devices: tuple[DeviceEntry, ...] = spec(List(Struct(DeviceEntry), MAX_DEVICES))
+    features: tuple[str, ...] = spec(List(NAME, 64))
 
 
 @dataclass(frozen=True)
@@ -203,13 +127,13 @@ class Accept(Message):
     """`token` joins page channels; `versions` are the schema versions the source is to write, by device."""
 
     token: bytes = spec(DIGEST)
-    versions: dict[str, int] = spec(_map(U32))
+    versions: dict[str, int] = spec(_by_device(U32))
     max_connections: int = spec(U32)
 
 
 @dataclass(frozen=True)
 class Refuse(Message):
-    reasons: tuple[Reason, ...] = spec(_reasons)
+    reasons: tuple[Reason, ...] = spec(Reasons())
 
 
 @dataclass(frozen=True)
@@ -217,7 +141,7 @@ class Start(Message):
     """Page channels will join; `extents` (gpa, bytes) are where data lies now, for prefaulting."""
 
     connections: int = spec(U32)
-    extents: tuple[tuple[int, ...], ...] = spec(_list(_list(U64, 2), 4096))
+    extents: tuple[tuple[int, ...], ...] = spec(List(List(U64, 2), MAX_LIST))
 
 
 @dataclass(frozen=True)
@@ -238,7 +162,7 @@ class Chunk(Message):
     """Streamed device state, in order."""
 
     device: str = spec(ID)
-    data: bytes = spec(_bytes(MAX_CHUNK + 65536))
+    data: bytes = spec(Bytes(MAX_CHUNK + 65536))
 
 
 @dataclass(frozen=True)
@@ -258,16 +182,16 @@ class RoundDone(Message):
 class Rehearse(Message):
     """Blobs of the running devices: would they load? Nothing is applied."""
 
-    blobs: dict[str, bytes] = spec(_map(_bytes(MAX_BLOB)))
+    blobs: dict[str, bytes] = spec(_by_device(Bytes(MAX_BLOB)))
 
 
 @dataclass(frozen=True)
 class Rehearsed(Message):
     """`load_ns`: by device, how long the check took. `reasons`: why it would fail."""
 
-    load_ns: dict[str, int] = spec(_map(U64))
+    load_ns: dict[str, int] = spec(_by_device(U64))
     commit_ns: int = spec(U64)
-    reasons: tuple[Reason, ...] = spec(_reasons)
+    reasons: tuple[Reason, ...] = spec(Reasons())
 
 
 @dataclass(frozen=True)
@@ -275,7 +199,7 @@ class State(Message):
     """One device's blob, after the stop."""
 
     device: str = spec(ID)
-    blob: bytes = spec(_bytes(MAX_BLOB))
+    blob: bytes = spec(Bytes(MAX_BLOB))
 
 
 @dataclass(frozen=True)
@@ -284,15 +208,15 @@ class Stopped(Message):
 
     n: int = spec(U32)
     pages: int = spec(U64)
-    channels: tuple[bytes, ...] = spec(_list(DIGEST, 17))
-    blobs: dict[str, bytes] = spec(_map(DIGEST))
+    channels: tuple[bytes, ...] = spec(List(DIGEST, 17))
+    blobs: dict[str, bytes] = spec(_by_device(DIGEST))
 
 
 @dataclass(frozen=True)
 class Ready(Message):
     """Everything is applied; times are the destination's own intervals, in ns."""
 
-    load_ns: dict[str, int] = spec(_map(U64))
+    load_ns: dict[str, int] = spec(_by_device(U64))
     total_ns: int = spec(U64)
 
 
@@ -300,15 +224,15 @@ class Ready(Message):
 class Reject(Message):
     """The destination cannot go on; the source runs."""
 
-    reasons: tuple[Reason, ...] = spec(_reasons)
+    reasons: tuple[Reason, ...] = spec(Reasons())
 
 
 @dataclass(frozen=True)
 class Verify(Message):
     """SHA-256 of every MiB of memory, and of each device's whole state, while both are stopped."""
 
-    blocks: bytes = spec(_bytes(MAX_CONTROL - 65536))
-    devices: dict[str, bytes] = spec(_map(DIGEST))
+    blocks: bytes = spec(Bytes(MAX_CONTROL - 65536))
+    devices: dict[str, bytes] = spec(_by_device(DIGEST))
 
 
 @dataclass(frozen=True)
@@ -316,8 +240,8 @@ class Verified(Message):
     """How many blocks differ (the first few named), and the devices whose state differs."""
 
     differing: int = spec(U64)
-    first: tuple[int, ...] = spec(_list(U64, 64))
-    devices: tuple[str, ...] = spec(_list(ID, MAX_DEVICES))
+    first: tuple[int, ...] = spec(List(U64, 64))
+    devices: tuple[str, ...] = spec(List(ID, MAX_DEVICES))
 
 
 @dataclass(frozen=True)
@@ -327,7 +251,7 @@ class Commit(Message):
     job: str = spec(NAME)
     epoch: int = spec(U64)
     stopped_ns: int = spec(U64)
-    paused: bool = spec(_bool)
+    paused: bool = spec(BOOL)
 
 
 @dataclass(frozen=True)
@@ -342,14 +266,14 @@ class Running(Message):
 class Aborted(Message):
     """Written to the ledger before it is sent: this epoch is never committed here."""
 
-    reasons: tuple[Reason, ...] = spec(_reasons)
+    reasons: tuple[Reason, ...] = spec(Reasons())
 
 
 @dataclass(frozen=True)
 class Abort(Message):
     """The source gives up before COMMIT; it runs."""
 
-    reasons: tuple[Reason, ...] = spec(_reasons)
+    reasons: tuple[Reason, ...] = spec(Reasons())
 
 
 @dataclass(frozen=True)
@@ -366,7 +290,7 @@ class Ask(Message):
 class Answer(Message):
     """running, committed (not running yet), aborted, or unknown (another incarnation: a ledger that was wiped)."""
 
-    state: str = spec(_text(16))
+    state: str = spec(Text(16))
     detail: str = spec(TEXT)
 
 
@@ -388,20 +312,36 @@ class Bye(Message):
 
 
 def encode(message: Message) -> bytes:
-    return bytes(msgpack.packb([message.name, _plain(message)], use_bin_type=True))
+    return bytes(msgpack.packb([message.name, plain(message)], use_bin_type=True))
 
 
 def decode(body: bytes) -> Message:
     """:raises RemoteProtocolError: for anything that is not exactly one known message within its bounds."""
+    seen = 0
+
+    def count(container: Sized) -> object:
+        nonlocal seen
+        seen += 1 + len(container)
+        if seen > MAX_ITEMS:
+            raise ValueError("too many items")
+        return container
+
     try:
-        value = msgpack.unpackb(body, raw=False, strict_map_key=True, use_list=True, max_ext_len=0)
+        value = msgpack.unpackb(
+            body, max_array_len=MAX_LIST, max_map_len=MAX_DEVICES, max_ext_len=0, ext_hook=_no_extension,
+            list_hook=count, object_hook=count,
+        )  # fmt: skip
     except (ValueError, msgpack.UnpackException, RecursionError, TypeError) as error:
-        raise _bad("encoding", f"cannot be read ({type(error).__name__})") from None
+        raise bad("encoding", f"cannot be read ({type(error).__name__})") from None
     if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
-        raise _bad("shape", "is not [name, fields]")
+        raise bad("shape", "is not [name, fields]")
     kind = REGISTRY.get(value[0])
     if kind is None:
-        raise _bad("name", f"is unknown: {value[0][:40]!r}")
-    message = _build(kind, value[1], value[0])
+        raise bad("name", f"is unknown: {value[0][:40]!r}")
+    message = build(kind, value[1], value[0])
     assert isinstance(message, Message)
     return message
+
+
+def _no_extension(code: int, _data: bytes) -> object:
+    raise ValueError(f"extension type {code}")

@@ -31,15 +31,22 @@ class Stage(StrEnum):
     CHECKED = "checked"  #: END: only a check was wanted
     JOINING = "joining"  #: page channels join
     PRECOPY = "precopy"  #: rounds; the guest runs on the source
+    ROUND = "round"  #: ROUND waits for every MARK
+    REHEARSING = "rehearsing"  #: REHEARSE waits for its answer
     SAVING = "saving"  #: the guest is stopped; last pages, chunks and blobs
     LOADING = "loading"  #: STOPPED was said; the destination validates and applies
     READY = "ready"  #: all is applied; until COMMIT every failure ends on the source
+    VERIFYING = "verifying"  #: both memories are compared
     COMMITTED = "committed"  #: the source has written COMMIT / the destination COMMITTED
     COMMITTING = "committing"  #: the destination heard COMMIT and has written nothing yet
     RUNNING = "running"  #: END: the machine runs on the destination
+    GONE = "gone"  #: END: contact lost where nothing hung on it
     FAILED = "failed"  #: END: before COMMIT; the source runs
+    HELD = "held"  #: END: contact lost after READY; was COMMIT written? The destination keeps its copy until it is asked
     ABORTED = "aborted"  #: END: after COMMIT, the destination wrote ABORTED; the source runs
-    DOUBT = "doubt"  #: after COMMIT, contact lost; the source is stopped
+    DOUBT = (
+        "doubt"  #: END: after COMMIT, contact lost; the source is stopped, and asks in another conversation
+    )
     ASKING = "asking"  #: who runs it?
     ANSWERED = "answered"  #: END
 
@@ -60,8 +67,12 @@ Table = dict[Stage, dict[Event, Stage]]
 _S = Stage
 #: Stages in which either side may still end it all and the source goes on.
 BEFORE_COMMIT: Final = (
-    _S.ACCEPTED, _S.JOINING, _S.PRECOPY, _S.SAVING, _S.LOADING, _S.READY,
+    _S.ACCEPTED, _S.JOINING, _S.PRECOPY, _S.ROUND, _S.REHEARSING, _S.SAVING, _S.LOADING, _S.READY, _S.VERIFYING,
 )  # fmt: skip
+#: Stages that nothing follows in the same conversation.
+ENDS: Final = frozenset(
+    {_S.REFUSED, _S.CHECKED, _S.RUNNING, _S.GONE, _S.FAILED, _S.HELD, _S.ABORTED, _S.DOUBT, _S.ANSWERED}
+)
 
 SOURCE: Final[Table] = {
     _S.START: {(SEND, m.Hello): _S.GREETING},
@@ -72,26 +83,25 @@ SOURCE: Final[Table] = {
     _S.JOINING: {(RECV, m.Started): _S.PRECOPY},
     _S.PRECOPY: {
         (SEND, m.Chunk): _S.PRECOPY,
-        (SEND, m.Round): _S.PRECOPY,
-        (RECV, m.RoundDone): _S.PRECOPY,
-        (SEND, m.Rehearse): _S.PRECOPY,
-        (RECV, m.Rehearsed): _S.PRECOPY,
+        (SEND, m.Round): _S.ROUND,
+        (SEND, m.Rehearse): _S.REHEARSING,
         (DID, Did.QUIESCED): _S.SAVING,
     },
+    _S.ROUND: {(RECV, m.RoundDone): _S.PRECOPY},
+    _S.REHEARSING: {(RECV, m.Rehearsed): _S.PRECOPY},
     _S.SAVING: {(SEND, m.Chunk): _S.SAVING, (SEND, m.State): _S.SAVING, (SEND, m.Stopped): _S.LOADING},
     _S.LOADING: {(RECV, m.Ready): _S.READY},
-    _S.READY: {
-        (SEND, m.Verify): _S.READY,
-        (RECV, m.Verified): _S.READY,
-        (DID, Did.WROTE_COMMIT): _S.COMMITTED,
-    },
+    _S.READY: {(SEND, m.Verify): _S.VERIFYING, (DID, Did.WROTE_COMMIT): _S.COMMITTED},
+    _S.VERIFYING: {(RECV, m.Verified): _S.READY},
     _S.COMMITTED: {
         (SEND, m.Commit): _S.COMMITTED,
         (RECV, m.Running): _S.RUNNING,
         (RECV, m.Aborted): _S.ABORTED,
+        # It crossed our COMMIT. Only ABORTED, which is written before it is said, lets the source resume: ask.
+        (RECV, m.Reject): _S.DOUBT,
         (DID, Did.LOST): _S.DOUBT,
     },
-    _S.ASKING: {(RECV, m.Answer): _S.ANSWERED},
+    _S.ASKING: {(RECV, m.Answer): _S.ANSWERED, (DID, Did.LOST): _S.DOUBT},
 }
 
 DESTINATION: Final[Table] = {
@@ -103,23 +113,25 @@ DESTINATION: Final[Table] = {
     _S.JOINING: {(SEND, m.Started): _S.PRECOPY},
     _S.PRECOPY: {
         (RECV, m.Chunk): _S.PRECOPY,
-        (RECV, m.Round): _S.PRECOPY,
-        (SEND, m.RoundDone): _S.PRECOPY,
-        (RECV, m.Rehearse): _S.PRECOPY,
-        (SEND, m.Rehearsed): _S.PRECOPY,
+        (RECV, m.Round): _S.ROUND,
+        (RECV, m.Rehearse): _S.REHEARSING,
         (RECV, m.State): _S.SAVING,
         (RECV, m.Stopped): _S.LOADING,
     },
+    _S.ROUND: {(SEND, m.RoundDone): _S.PRECOPY},
+    _S.REHEARSING: {(SEND, m.Rehearsed): _S.PRECOPY},
     _S.SAVING: {(RECV, m.Chunk): _S.SAVING, (RECV, m.State): _S.SAVING, (RECV, m.Stopped): _S.LOADING},
     _S.LOADING: {(SEND, m.Ready): _S.READY},
-    _S.READY: {
-        (RECV, m.Verify): _S.READY,
-        (SEND, m.Verified): _S.READY,
-        (RECV, m.Commit): _S.COMMITTING,
+    _S.READY: {(RECV, m.Verify): _S.VERIFYING, (RECV, m.Commit): _S.COMMITTING},
+    _S.VERIFYING: {(SEND, m.Verified): _S.READY},
+    # From here on the destination goes on alone; the source asks what became of it.
+    _S.COMMITTING: {
+        (DID, Did.WROTE_COMMITTED): _S.COMMITTED,
+        (SEND, m.Aborted): _S.ABORTED,
+        (DID, Did.LOST): _S.COMMITTING,
     },
-    _S.COMMITTING: {(DID, Did.WROTE_COMMITTED): _S.COMMITTED, (SEND, m.Aborted): _S.ABORTED},
-    _S.COMMITTED: {(SEND, m.Running): _S.RUNNING},
-    _S.ASKING: {(SEND, m.Answer): _S.ANSWERED},
+    _S.COMMITTED: {(SEND, m.Running): _S.RUNNING, (DID, Did.LOST): _S.COMMITTED},
+    _S.ASKING: {(SEND, m.Answer): _S.ANSWERED, (DID, Did.LOST): _S.GONE},
 }
 
 for _stage in BEFORE_COMMIT:
@@ -129,17 +141,24 @@ for _stage in BEFORE_COMMIT:
     DESTINATION[_stage] |= {
         (SEND, m.Reject): _S.FAILED, (RECV, m.Abort): _S.FAILED, (DID, Did.LOST): _S.FAILED,
     }  # fmt: skip
-#: Liveness belongs to every stage that waits.
+for _stage in (_S.READY, _S.VERIFYING):
+    DESTINATION[_stage][(DID, Did.LOST)] = _S.HELD
 for _table in (SOURCE, DESTINATION):
-    for _stage, _row in _table.items():
+    for _stage in (_S.START, _S.GREETING, _S.GREETED, _S.OFFERED):
+        _table[_stage][(DID, Did.LOST)] = _S.GONE
+    # Liveness belongs to every stage that waits. A PING may cross the last word, so it is no breach at the end either.
+    for _stage in (*_table, *ENDS):
         if _stage not in (_S.START, _S.GREETING):
-            for _word in (m.Ping, m.Pong):
-                _row[(SEND, _word)] = _row[(RECV, _word)] = _stage
+            _row = _table.setdefault(_stage, {})
+            _row |= {(SEND, m.Pong): _stage, (RECV, m.Ping): _stage, (RECV, m.Pong): _stage}
+            if _stage not in ENDS:
+                _row[(SEND, m.Ping)] = _stage
 
 TABLES: Final[dict[Role, Table]] = {Role.SOURCE: SOURCE, Role.DESTINATION: DESTINATION}
-#: Stages from which the source's supervisor may resume the machine without anybody's word.
+#: Stages of a migration's conversation in which the source's supervisor may resume the machine without anybody's word.
 SOURCE_RESUMES: Final = frozenset(
-    {_S.START, _S.GREETING, _S.GREETED, _S.OFFERED, _S.REFUSED, _S.CHECKED, *BEFORE_COMMIT, _S.FAILED, _S.ABORTED}
+    {_S.START, _S.GREETING, _S.GREETED, _S.OFFERED, _S.GONE, _S.REFUSED, _S.CHECKED,
+     *BEFORE_COMMIT, _S.FAILED, _S.ABORTED}
 )  # fmt: skip
 
 
@@ -181,7 +200,7 @@ class Conversation:
 
     @property
     def ended(self) -> bool:
-        return self.stage not in TABLES[self.role]
+        return self.stage in ENDS
 
     def _target(self, event: Event) -> Stage | None:
         return TABLES[self.role].get(self.stage, {}).get(event)

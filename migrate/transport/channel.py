@@ -64,7 +64,10 @@ class Channel(Protocol):
         """Free everything. Not while another thread is inside: `abort` first, then join it. Idempotent."""
 
     def abort(self) -> None:
-        """Wake whoever is inside `send` or `recv_into`, with ChannelClosed; from any thread. `close` is still needed."""
+        """Wake whoever is inside `send` or `recv_into`, with ChannelClosed; from any thread. `close` is still needed.
+
+        A socket's peer learns it now, the peer of bare pipes at `close`.
+        """
 
 
 class ByteChannel(ABC):

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrate.errors import RemoteProtocolError, TransportError, UsageError
+from migrate.errors import FerryError, RemoteProtocolError, TransportError, UsageError
 from migrate.transport import preamble, tls_errors
 from migrate.transport.deadline import Deadline
 
@@ -101,11 +101,10 @@ def connect(
     :raise UsageError: our own files are wrong.
     """
     tls = _wrap(sock, credentials, serving=False, label=label)
+    refusal: TransportError | None = None
     try:
         _handshake(tls, deadline, label)
-        names = _names(tls)
-        wanted = normalise(name)
-        refusal = None
+        names, wanted = _names(tls), normalise(name)
         if wanted not in names:
             refusal = TransportError(
                 f"the certificate of {label} is for {_list(names)}, not for {wanted}",
@@ -114,30 +113,30 @@ def connect(
             )
         elif credentials.allow and credentials.allows(names) is None:
             refusal = _not_allowed(names, credentials)
-        try:
-            with contextlib.suppress(
-                ConnectionError
-            ):  # if it closed already, the alert that says why can still be read
-                _send(tls, _I_REFUSE if refusal else preamble.encode(first), deadline)
-            if refusal:
-                raise refusal
-            verdict = _receive(tls, 1, deadline)
-        except OSError as error:
-            raise refusal or tls_errors.explain(error, label) from error
-        if verdict == _COME_IN:
-            return tls, wanted
+        with contextlib.suppress(
+            ConnectionError
+        ):  # closed already? The alert that says why can still be read
+            _send(tls, _I_REFUSE if refusal else preamble.encode(first), deadline)
+        if refusal:
+            raise refusal
+        verdict = _receive(tls, 1, deadline)
         if verdict == _NAME_REFUSED:
             raise TransportError(
                 f"{label} does not allow the name of our certificate ({credentials.cert})",
                 remedy="add it to the list of allowed hosts there",
             )
-        raise TransportError(
-            f"{label} was routed to another session than we asked for",
-            remedy="something between the hosts alters connections: look for a proxy, or an attacker",
-        )
+        if verdict != _COME_IN:
+            raise TransportError(
+                f"{label} was routed to another session than we asked for",
+                remedy="something between the hosts alters connections: look for a proxy, or an attacker",
+            )
+    except OSError as error:
+        tls.close()
+        raise refusal or tls_errors.explain(error, label) from error
     except BaseException:
         tls.close()
         raise
+    return tls, wanted
 
 
 def accept(
@@ -171,11 +170,14 @@ def accept(
                     remedy="something between the hosts alters connections: look for a proxy, or an attacker",
                 )
             _send(tls, _COME_IN, deadline)
-        except OSError as error:
-            raise tls_errors.explain(error, label) from error
-        except (TransportError, RemoteProtocolError):
+        except TimeoutError:
+            raise
+        except (OSError, FerryError):
             _linger(tls)
             raise
+    except OSError as error:
+        tls.close()
+        raise tls_errors.explain(error, label) from error
     except BaseException:
         tls.close()
         raise
@@ -196,9 +198,8 @@ def _context(credentials: Credentials, *, serving: bool) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     if serving:
-        context.num_tickets = (
-            0  # unread tickets turn the peer's close into a reset that swallows our last bytes
-        )
+        # unread tickets turn the peer's close into a reset that swallows our last bytes
+        context.num_tickets = 0
     for path in (credentials.ca, credentials.cert, credentials.key):
         _check_file(path, secret=path == credentials.key)
     try:
@@ -253,14 +254,8 @@ def _wrap(sock: socket.socket, credentials: Credentials, *, serving: bool, label
 
 
 def _handshake(tls: ssl.SSLSocket, deadline: Deadline, label: str) -> None:
-    try:
-        tls.settimeout(deadline.left())
-        tls.do_handshake()
-    except OSError as error:
-        failure = tls_errors.explain(error, label)
-        if tls.server_side:
-            _linger(tls)
-        raise failure from error
+    tls.settimeout(deadline.left())
+    tls.do_handshake()
     # An SSLSocket that lost its TLS sends in the clear without a word; never rely on it having one.
     if tls.version() != "TLSv1.3":
         raise TransportError(f"the connection with {label} is not TLS 1.3", remedy="report this as a bug")

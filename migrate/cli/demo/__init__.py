@@ -8,11 +8,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
-from typing import Any
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 from migrate.errors import FerryError, InterruptedByUser, Phase, UsageError
+
+if TYPE_CHECKING:
+    from migrate.cli.demo.stage import Options
+
+#: What a host takes (migrate.host.service).
+MAX_DOWNTIME_MS = 3_600_000
 
 HELP = "move a running guest between two hosts on this machine, and prove that nothing was lost"
 
@@ -58,30 +66,62 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return asyncio.run(_run(args))
+    return asyncio.run(_run(_options(args), as_json=args.json))
 
 
-async def _run(args: argparse.Namespace) -> int:
+def _options(args: argparse.Namespace) -> Options:
+    """What was asked for, looked at before anything is started.
+
+    :raises UsageError: for words that are wrong, or do not go together.
+    """
     from migrate.cli.demo.scenarios import SCENARIOS
     from migrate.cli.demo.stage import Options
+    from migrate.machine.config import parse_size
 
-    scenario = SCENARIOS[args.scenario]
-    places = scenario.places or ("",)
+    places = SCENARIOS[args.scenario].places or ("",)
     at = args.at or places[0]
     if at not in places:
         raise UsageError(
             f"--at {args.at} is no place of {args.scenario}",
-            remedy=f"one of: {', '.join(scenario.places) or 'none'}",
+            remedy=f"one of: {', '.join(filter(None, places)) or 'none'}",
         )
-    options = Options(
-        args.scenario, at, args.destination_gone, args.memory, args.dirty_rate, args.tracker, args.connections,
-        args.downtime, args.keep,
-    )  # fmt: skip
+    if args.destination_gone and args.scenario != "commit-lost":
+        raise UsageError(
+            f"--destination-gone does not go with {args.scenario}", remedy="add --scenario commit-lost"
+        )
+    parse_size(args.memory, "--memory")
+    if args.dirty_rate not in ("", "max"):
+        parse_size(args.dirty_rate, "--dirty-rate")
     if not 0 <= args.connections <= 16:
         raise UsageError(
             f"--connections {args.connections} is not 0 to 16", remedy="4 is plenty for loopback"
         )
-    play = asyncio.ensure_future(_play(options, as_json=args.json))
+    if not 0 < args.downtime <= MAX_DOWNTIME_MS:
+        raise UsageError(f"--downtime {args.downtime} is not 1 to {MAX_DOWNTIME_MS}", remedy="try 300")
+    return Options(
+        args.scenario, at, args.destination_gone, args.memory, args.dirty_rate, args.tracker, args.connections,
+        args.downtime, _directory_to_keep(args.keep),
+    )  # fmt: skip
+
+
+def _directory_to_keep(name: str) -> str:
+    """An absolute path that can be written to: a demo that has run for nothing is worse than one that did not start."""
+    if not name:
+        return ""
+    path = os.path.abspath(name)
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--keep {name}: nothing can be written there: {error.strerror}", remedy="name another directory"
+        ) from None
+    return path
+
+
+async def _run(options: Options, *, as_json: bool) -> int:
+    play = asyncio.ensure_future(_play(options, as_json=as_json))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, play.cancel)
@@ -93,7 +133,7 @@ async def _run(args: argparse.Namespace) -> int:
         ) from None
 
 
-async def _play(options: Any, *, as_json: bool) -> int:
+async def _play(options: Options, *, as_json: bool) -> int:
     from migrate.cli.demo import report
     from migrate.cli.demo.scenarios import SCENARIOS
     from migrate.cli.demo.stage import open_stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import socket
 import sys
@@ -82,10 +83,10 @@ class DemoHost:
         """Every process of this host: the daemon, coordinators, supervisors, their buses and devices."""
         return processes_of(str(self.directory))
 
-    def kill(self) -> None:
-        """SIGKILL to all of it at once, as if the power went."""
-        for pid in self.pids():
-            _signal(pid, signal.SIGKILL)
+    async def kill(self) -> None:
+        """SIGKILL to all of it at once, as if the power went; returns when all of it has ended and its sockets are closed."""
+        while pids := self.pids():
+            await asyncio.gather(*(asyncio.to_thread(_kill, pid) for pid in pids))
 
     async def stop(self) -> None:
         """End machines and daemon; nothing is left behind."""
@@ -117,6 +118,20 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         pass
+
+
+def _kill(pid: int) -> None:
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        select.select([fd], [], [])  # readable once every thread of it is gone
+    except ProcessLookupError:
+        pass  # it ended meanwhile
+    finally:
+        os.close(fd)
 
 
 def processes_of(directory: str) -> set[int]:

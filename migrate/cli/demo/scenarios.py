@@ -55,13 +55,13 @@ async def destination_killed(stage: Stage) -> Event:
         stage.say(
             "the source is stopped, the destination has STOPPED and has not said READY: SIGKILL to all of it"
         )
-        stage.destination.kill()
+        await stage.destination.kill()
         return await stage.follow(job)
 
     async def strike(at: str) -> None:
         stage.say(f"{at}: SIGKILL to the destination's daemon, coordinator, supervisor and devices")
-        stage.destination.kill()
-        await stage.proceed()
+        await stage.destination.kill()
+        # Nobody says `continue`: that the other end is gone ends the wait, too.
 
     return await stage.follow(await stage.begin(hold="round:2"), strike)
 
@@ -158,7 +158,7 @@ async def _heal(stage: Stage, following: asyncio.Task[Event]) -> Event:
 
 async def _never_again(stage: Stage, following: asyncio.Task[Event]) -> Event:
     stage.say("the destination is gone for good: SIGKILL to all of it")
-    stage.destination.kill()
+    await stage.destination.kill()
     outcome = await following
     stage.say(
         f"ferry migrate ended with {outcome['exit_code']}; the operator: ferry resolve --keep source --fenced"

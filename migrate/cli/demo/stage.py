@@ -214,9 +214,11 @@ class Stage:
         await asyncio.gather(self.source.stop(), self.destination.stop(), return_exceptions=False)
         if self.relay is not None:
             await self.relay.cut()
-        if self.options.keep:
-            keep_files(self.directory, Path(self.options.keep))
-        shutil.rmtree(self.directory, ignore_errors=True)
+        try:
+            if self.options.keep:
+                keep_files(self.directory, Path(self.options.keep))
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def vcpus(host: DemoHost) -> list[int]:

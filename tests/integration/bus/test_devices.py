@@ -11,7 +11,7 @@ import pytest
 from dbus_next import Message, MessageType, Variant
 from dbus_next.aio import MessageBus
 
-from migrate.bus import Bus, DeviceClient, PrivateBus, device_interfaces, discover
+from migrate.bus import Bus, DeviceClient, Disk, PrivateBus, device_interfaces, discover
 from migrate.bus.client import DEADLINES
 from migrate.bus.device import DEVICE, MAX_BLOB, PATH, VMSTATE
 from migrate.errors import BlobError, DeviceRefused, DeviceTimeout, Phase
@@ -36,6 +36,7 @@ class Lamp:
     state = "RUNNING"
     tracker = "scan"
     streams = True
+    disks = (Disk("image", 1 << 40, False), Disk("boot", 512, True))
 
     def __init__(self, name: str) -> None:
         self.id = name
@@ -87,6 +88,9 @@ class Lamp:
 
     async def fingerprint(self) -> bytes:
         return self.schema_digest
+
+    async def release_locks(self) -> None:
+        self.asked.append("release locks")
 
     async def finish(self, outcome: str) -> None:
         self.asked.append(outcome)
@@ -155,6 +159,7 @@ def test_every_method_reaches_the_device_and_its_answer_comes_back(on_bus: OnBus
             "scan",
             True,
         )
+        assert info.disks == lamp.disks
         assert (info.pid, info.unique_name, info.opaque) == (os.getpid(), device.unique_name, False)
         await client.ping()
         assert await client.save() == b"blob of lamp0"
@@ -174,6 +179,7 @@ def test_every_method_reaches_the_device_and_its_answer_comes_back(on_bus: OnBus
         chunk, size, remaining = await client.stream_read(4096)
         assert (os.pread(chunk, 10, 0), size, remaining) == (b"abc", 3, 1 << 33)
         await client.stream_write(ours, 6)
+        await client.release_locks()
         await client.finish("aborted")
         assert lamp.asked == [
             ("attach", 1 << 40, 4096, b"memory", 8192),
@@ -185,6 +191,7 @@ def test_every_method_reaches_the_device_and_its_answer_comes_back(on_bus: OnBus
             ("stage", b"staged"),
             "apply",
             ("write", b"memory", 6),
+            "release locks",
             "aborted",
         ]
         with pytest.raises(BlobError, match=r"lamp0: its brightness is 11 of 10 \(turn it down\)") as caught:

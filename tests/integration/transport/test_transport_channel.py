@@ -86,7 +86,9 @@ def test_sending_to_a_peer_that_closed_is_a_closed_channel(kind: str, hosts: Hos
 
 
 @every_kind
-def test_no_progress_for_the_deadline_is_an_error_but_the_channel_is_not_called_closed(kind: str, hosts: Hosts) -> None:
+def test_no_progress_for_the_deadline_is_an_error_but_the_channel_is_not_called_closed(
+    kind: str, hosts: Hosts
+) -> None:
     with connected(kind, hosts) as (ours, _):
         ours.set_deadline(0.1)
         for stuck in (lambda: ours.recv_into(memoryview(bytearray(1))), lambda: ours.send(bytes(64 << 20))):
@@ -124,6 +126,7 @@ def test_abort_wakes_a_thread_that_is_blocked(kind: str, direction: str, hosts: 
         assert not thread.is_alive()
         assert isinstance(raised[0], ChannelClosed)
         assert "given up by this side" in str(raised[0])
+        ours.close()
         with pytest.raises(ChannelClosed):
             theirs.recv_into(memoryview(bytearray(128 << 20)))
 

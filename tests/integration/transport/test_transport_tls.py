@@ -23,10 +23,14 @@ FIRST = Preamble(Kind.PAGE, 3, SESSION)
 
 
 def serve(server: Server, credentials: Credentials | None, *, timeout: float = 20) -> Future[Channel]:
-    return server.take_after_preamble(lambda sock, first: accept_page(sock, first, credentials, timeout=timeout))
+    return server.take_after_preamble(
+        lambda sock, first: accept_page(sock, first, credentials, timeout=timeout)
+    )
 
 
-def dial(server: Server, credentials: Credentials | None, *, name: str | None = None, timeout: float = 20) -> Channel:
+def dial(
+    server: Server, credentials: Credentials | None, *, name: str | None = None, timeout: float = 20
+) -> Channel:
     return dial_page(server.destination(name), credentials, SESSION, 3, timeout=timeout)
 
 
@@ -80,7 +84,9 @@ def test_a_control_stream_opens_the_same_way(server: Server, hosts: Hosts) -> No
     assert asyncio.run(both()) == ("hostb", "hosta", b"hello")
 
 
-def test_a_client_of_another_ca_with_the_same_name_learns_that_it_is_of_another_ca(server: Server, hosts: Hosts) -> None:
+def test_a_client_of_another_ca_with_the_same_name_learns_that_it_is_of_another_ca(
+    server: Server, hosts: Hosts
+) -> None:
     client, host = refusals(server, hosts.stranger, hosts.b)
     assert "refuses our certificate: it is from another CA" in str(client)
     assert "is from another CA" in str(host)
@@ -147,7 +153,9 @@ def raw_client(server: Server, context: ssl.SSLContext) -> bytes:
             return secured.recv(1)
 
 
-def test_a_client_without_a_certificate_is_refused_with_the_alert_for_it(server: Server, hosts: Hosts) -> None:
+def test_a_client_without_a_certificate_is_refused_with_the_alert_for_it(
+    server: Server, hosts: Hosts
+) -> None:
     accepted = serve(server, hosts.b)
     with pytest.raises(ssl.SSLError) as caught:
         raw_client(server, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
@@ -203,7 +211,9 @@ def test_a_client_that_talks_garbage_where_tls_should_begin_is_refused(server: S
             accepted.result(20)
 
 
-def test_a_destination_that_closes_at_once_is_a_closed_channel_with_a_hint(server: Server, hosts: Hosts) -> None:
+def test_a_destination_that_closes_at_once_is_a_closed_channel_with_a_hint(
+    server: Server, hosts: Hosts
+) -> None:
     accepted = server.take_after_preamble(lambda sock, _: sock.close())
     with pytest.raises(ChannelClosed, match="during the TLS handshake") as caught:
         dial(server, hosts.a)
@@ -224,7 +234,9 @@ def test_silence_ends_by_the_deadline_on_either_side(server: Server, hosts: Host
             accepted.result(20)
 
 
-def test_a_client_that_falls_silent_after_the_handshake_does_not_hold_the_server(server: Server, hosts: Hosts) -> None:
+def test_a_client_that_falls_silent_after_the_handshake_does_not_hold_the_server(
+    server: Server, hosts: Hosts
+) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_cert_chain(hosts.a.cert, hosts.a.key)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -319,7 +331,9 @@ def test_an_abort_never_drops_the_tls_before_the_connection(server: Server, host
     theirs.close()
 
 
-def test_a_name_that_does_not_resolve_and_a_port_where_nobody_listens_say_so(server: Server, hosts: Hosts) -> None:
+def test_a_name_that_does_not_resolve_and_a_port_where_nobody_listens_say_so(
+    server: Server, hosts: Hosts
+) -> None:
     server.sock.close()
     with pytest.raises(TransportError, match="nobody listens there"):
         dial(server, hosts.a)

@@ -115,7 +115,9 @@ def connected(kind: str, hosts: Hosts) -> Iterator[tuple[ByteChannel, ByteChanne
             accepted = server.take(lambda sock: SocketChannel(sock, "tcp", "a"))
             ours = SocketChannel(socket.create_connection(("127.0.0.1", server.port)), "tcp", "b")
         else:
-            accepted = server.take_after_preamble(lambda sock, first: accept_page(sock, first, hosts.b, timeout=20))
+            accepted = server.take_after_preamble(
+                lambda sock, first: accept_page(sock, first, hosts.b, timeout=20)
+            )
             ours = dial_page(server.destination(), hosts.a, SESSION, 3, timeout=20)
         theirs = accepted.result(20)
         server.sock.close()

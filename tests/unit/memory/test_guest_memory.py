@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -196,9 +197,10 @@ def test_runs_past_the_end_touch_nothing(memory: GuestMemory) -> None:
     for attempt in (memory.gather, memory.scatter):
         with pytest.raises(MemoryFault):
             attempt(runs, data)
-    for other in (memory.punch, memory.to_table, memory.views):
+    others: list[Callable[[PageRuns], object]] = [memory.punch, memory.to_table, memory.views]
+    for other in others:
         with pytest.raises(MemoryFault):
-            other(runs)  # type: ignore[operator]
+            other(runs)
     assert resident(memory) == 0
 
 

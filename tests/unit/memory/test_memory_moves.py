@@ -133,7 +133,7 @@ def test_after_the_last_round_both_memories_are_the_same(name: str, no_leaks: No
     class ByTracker(Migration):
         tracker_name = name
 
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         ByTracker, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )
 

@@ -117,7 +117,9 @@ def test_within_is_a_window_with_its_own_numbers(case: tuple[int, set[int]], fir
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))))
 def test_merged_joins_runs_that_touch(gaps: list[tuple[int, int]]) -> None:
-    pairs, pages, at = [], [], 0
+    pairs: list[tuple[int, int]] = []
+    pages: list[int] = []
+    at = 0
     for gap, count in gaps:
         at += gap
         pairs.append((at, count))

@@ -36,17 +36,22 @@ tracker.attach(memory)
 tracker.start()
 writer = Writer(memory, tracker)
 
-def count_into_odd_pages(times):
-    for count in range(1, times):
+enough = threading.Event()
+
+def count_into_odd_pages():
+    count = 0
+    while not enough.is_set():
+        count += 1
         writer.store((2 * count * 5 + 1) % PAGES, count.to_bytes(8, "little"), offset=count % 500 * 8)
 
-thread = None
+thread = threading.Thread(target=count_into_odd_pages)
 while order := sys.stdin.buffer.read(8):
     page, value = struct.unpack("ii", order)
-    if page == -2:
-        if thread:
-            thread.join()
-        thread = threading.Thread(target=count_into_odd_pages, args=(value,))
+    if page == -3:
+        enough.set()
+        thread.join()
+        sys.stdout.buffer.write(b"k")
+    elif page == -2:
         thread.start()
         sys.stdout.buffer.write(b"k")
     elif page == -1:
@@ -78,9 +83,12 @@ class Peer:
     def dirty(self) -> DirtyBitmap:
         return DirtyBitmap.from_bytes(self._ask(-1, 0, PAGES // 8), PAGES)
 
-    def count(self, times: int) -> None:
-        """Write odd pages so often, beside collecting; first wait for the last such order to be done."""
-        assert self._ask(-2, times, 1) == b"k"
+    def start_counting(self) -> None:
+        """Write odd pages all the time, beside being collected."""
+        assert self._ask(-2, 0, 1) == b"k"
+
+    def stop_counting(self) -> None:
+        assert self._ask(-3, 0, 1) == b"k"
 
     def _ask(self, page: int, value: int, answer: int) -> bytes:
         assert self._process.stdin is not None
@@ -167,24 +175,26 @@ def test_nothing_is_lost_while_both_write_and_are_collected(pair: tuple[Writer, 
 
     def write() -> None:
         count = 0
-        while not enough.is_set() or count < 3000:
+        while not enough.is_set():
             count += 1
             ours.store(2 * count * 3 % PAGES, count.to_bytes(8, "little"), offset=count % 500 * 8)
 
-    def transfer() -> int:
-        dirty = ours.dirty()
-        dirty |= theirs.dirty()
-        send(ours.memory, dirty, copy)
-        return dirty.count()
+    def transfer() -> tuple[bool, bool]:
+        mine, other = ours.dirty(), theirs.dirty()
+        busy = mine.any(), other.any()
+        mine |= other
+        send(ours.memory, mine, copy)
+        return busy
 
-    theirs.count(30000)
     thread = threading.Thread(target=write)
     thread.start()
-    busy = sum(transfer() > 0 for _ in range(50))
+    theirs.start_counting()
+    both = 0
+    while both < 30:
+        both += all(transfer())
     enough.set()
     thread.join()
-    theirs.count(0)
+    theirs.stop_counting()
     transfer()
-    assert busy > 5, "both wrote while they were collected"
     assert ours.memory.difference(copy).pages_array().tolist() == []
     copy.close()

@@ -48,7 +48,7 @@ class Writer:
         return found
 
     def dirty_pages(self) -> list[int]:
-        return self.dirty().pages_array().tolist()
+        return [int(page) for page in self.dirty().pages_array()]
 
     def settle(self) -> None:
         """Have everything counted as sent."""

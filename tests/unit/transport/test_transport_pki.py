@@ -56,14 +56,26 @@ def test_openssl_accepts_the_chain_by_its_strict_rules(tmp_path: Path) -> None:
     pki.init(tmp_path, "lab")
     pki.issue(tmp_path, "hostb")
     for purpose in ("sslserver", "sslclient"):
-        command = ["openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", "ca.pem", "hostb/cert.pem"]
+        command = [
+            "openssl",
+            "verify",
+            "-x509_strict",
+            "-purpose",
+            purpose,
+            "-CAfile",
+            "ca.pem",
+            "hostb/cert.pem",
+        ]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_keys_are_readable_by_their_owner_only_and_nothing_else_is_left(tmp_path: Path) -> None:
     pki.init(tmp_path / "pki", "lab")
     pki.issue(tmp_path / "pki", "hostb")
-    files = {str(path.relative_to(tmp_path / "pki")): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.pem")}
+    files = {
+        str(path.relative_to(tmp_path / "pki")): path.stat().st_mode & 0o777
+        for path in tmp_path.rglob("*.pem")
+    }
     assert files == {
         "ca.pem": 0o644,
         "ca-key.pem": 0o600,
@@ -101,7 +113,9 @@ def test_a_lone_key_is_not_overwritten_either(tmp_path: Path) -> None:
     assert not (tmp_path / "hostb/cert.pem").exists()
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "*", "*.example", ".hidden", "a b", "-a", "ho\nst"])
+@pytest.mark.parametrize(
+    "name", ["", "..", "../x", "a/b", "*", "*.example", ".hidden", "a b", "-a", "ho\nst"]
+)
 def test_a_name_that_no_host_has_is_refused_and_leaves_no_file(tmp_path: Path, name: str) -> None:
     pki.init(tmp_path, "lab")
     with pytest.raises(UsageError):

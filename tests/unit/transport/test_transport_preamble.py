@@ -11,9 +11,9 @@ from migrate.transport.preamble import SIZE, Kind, Preamble, decode, encode
 
 SESSION = bytes(range(16))
 
-preambles = st.builds(Preamble, st.just(Kind.PAGE), st.integers(0, 255), st.binary(min_size=16, max_size=16)) | st.builds(
-    Preamble, st.just(Kind.CONTROL), st.just(0), st.binary(min_size=16, max_size=16)
-)
+preambles = st.builds(
+    Preamble, st.just(Kind.PAGE), st.integers(0, 255), st.binary(min_size=16, max_size=16)
+) | st.builds(Preamble, st.just(Kind.CONTROL), st.just(0), st.binary(min_size=16, max_size=16))
 
 
 @given(preambles)
@@ -25,7 +25,10 @@ def test_the_bytes_are_those_of_the_table() -> None:
     assert encode(Preamble(Kind.PAGE, 3, SESSION)) == b"VMFERRY\x01" + b"\x01\x03" + bytes(6) + SESSION
 
 
-@given(st.binary(max_size=40) | preambles.map(encode).flatmap(lambda good: st.integers(0, SIZE).map(lambda n: good[:n])))
+@given(
+    st.binary(max_size=40)
+    | preambles.map(encode).flatmap(lambda good: st.integers(0, SIZE).map(lambda n: good[:n]))
+)
 def test_any_bytes_are_a_preamble_or_a_protocol_error(data: bytes) -> None:
     try:
         decoded = decode(data)
@@ -56,7 +59,8 @@ def test_garbage_is_named_for_what_it_looks_like(data: bytes, words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "wrong", [Preamble(Kind.CONTROL, 1, SESSION), Preamble(Kind.PAGE, 256, SESSION), Preamble(Kind.PAGE, 0, b"short")]
+    "wrong",
+    [Preamble(Kind.CONTROL, 1, SESSION), Preamble(Kind.PAGE, 256, SESSION), Preamble(Kind.PAGE, 0, b"short")],
 )
 def test_we_do_not_send_a_preamble_that_nobody_would_take(wrong: Preamble) -> None:
     with pytest.raises(LocalProtocolError):

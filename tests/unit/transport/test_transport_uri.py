@@ -68,7 +68,9 @@ def test_every_form_is_read(text: str, expected: object) -> None:
         ("local:x", "nothing may follow"),
     ],
 )
-def test_a_wrong_destination_is_refused_by_saying_what_is_wrong_and_what_to_write(text: str, words: str) -> None:
+def test_a_wrong_destination_is_refused_by_saying_what_is_wrong_and_what_to_write(
+    text: str, words: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         parse(text)
     assert words in str(caught.value)
@@ -106,7 +108,9 @@ def test_the_name_wanted_of_a_certificate_is_the_host_unless_told() -> None:
         st.builds(ExecDestination, st.from_regex(r"[a-z][ -~]{0,60}", fullmatch=True)),
     )
 )
-def test_what_is_printed_is_read_back(destination: TlsDestination | UnixDestination | ExecDestination) -> None:
+def test_what_is_printed_is_read_back(
+    destination: TlsDestination | UnixDestination | ExecDestination,
+) -> None:
     assert parse(str(destination)) == destination
 
 

@@ -103,7 +103,9 @@ class Machine:
         while not until(self.said):
             if self.failures:
                 raise self.failures[0]
-            assert select.select([self._output], [], [], PATIENCE)[0], f"the guest is silent after {self.said[-3:]}"
+            assert select.select([self._output], [], [], PATIENCE)[0], (
+                f"the guest is silent after {self.said[-3:]}"
+            )
             self._read()
         return self.said
 

@@ -1,0 +1,98 @@
+"""`ferry demo` when all goes well: by every tracker, over any number of connections, with a busy guest."""
+
+from __future__ import annotations
+
+import pytest
+from demo_runs import DemoRun
+from outcomes import DEVICES, MIB, check, check_moved
+
+from migrate.errors import TrackerError
+from migrate.machine import ledger
+from migrate.memory import prove
+from migrate.state import blob
+
+#: More than any CI machine needs. That the limit is kept is not what these are about.
+PATIENT = ("--downtime", "5000")
+SCAN_WORKS = True
+try:
+    prove.prove("scan")
+except TrackerError:
+    SCAN_WORKS = False
+
+
+@pytest.mark.demo(*PATIENT, "--keep")
+def test_the_guest_moves_and_the_last_line_tells_everything(played: DemoRun) -> None:
+    check_moved(played)
+    assert played.phases == ["preflight", "pre-copy", "stop", "save", "load", "commit", "resume"]
+
+
+@pytest.mark.demo(*PATIENT, "--keep")
+def test_keep_leaves_blobs_that_can_be_read_ledgers_and_logs(played: DemoRun) -> None:
+    assert played.kept is not None
+    blobs = {path.stem: blob.unpack(path.read_bytes()) for path in played.kept.glob("*.blob")}
+    assert {name: found.type for name, found in blobs.items()} == {
+        "uart0": "uart16550", "rtc0": "rtc", "display0": "display", "vcpu0": "vcpu",
+    }  # fmt: skip
+    assert {found.instance for found in blobs.values()} == DEVICES
+    verdicts = {
+        host: ledger.verdict_of(ledger.read(played.kept / host, "demo")) for host in ("hosta", "hostb")
+    }
+    assert verdicts == {"hosta": ledger.Verdict.RELEASED, "hostb": ledger.Verdict.COMMITTED}
+    for host in ("hosta", "hostb"):
+        names = {path.name for path in (played.kept / host).rglob("*.log")}
+        assert {"supervisor.log", "uart0.log", "vcpu0.log", "demo-host.log"} <= names
+        assert (played.kept / host / "machines" / "demo" / "uart0.out").stat().st_size > 0
+
+
+@pytest.mark.demo("--tracker", "log", *PATIENT)
+def test_it_moves_with_the_tracker_log(played: DemoRun) -> None:
+    check_moved(played)
+    for module in ("devices.vcpu", "devices.display"):
+        [words] = played.command_lines(module)
+        assert "--tracker log" in words
+
+
+@pytest.mark.demo("--tracker", "scan", *PATIENT)
+def test_it_moves_with_the_tracker_scan_or_says_that_this_kernel_has_none(played: DemoRun) -> None:
+    if SCAN_WORKS:
+        check_moved(played)
+        [words] = played.command_lines("devices.vcpu")
+        assert "--tracker scan" in words
+    else:
+        assert played.code == 1
+        assert "scan" in played.stderr
+
+
+@pytest.mark.demo("--tracker", "compare", *PATIENT)
+def test_it_moves_with_the_tracker_compare_and_warns_of_its_cost(played: DemoRun) -> None:
+    check_moved(played)
+    [warning] = played.of_kind("warning")
+    assert "vcpu0" in warning["warning"]
+    assert warning["cost_bytes"] == 64 * MIB
+
+
+@pytest.mark.demo("--connections", "4", *PATIENT)
+def test_it_moves_over_four_connections(played: DemoRun) -> None:
+    check_moved(played)
+
+
+@pytest.mark.demo("--connections", "0", *PATIENT)
+def test_it_moves_with_pages_in_line_with_the_control_messages(played: DemoRun) -> None:
+    check_moved(played)
+
+
+@pytest.mark.demo("--dirty-rate", "max", *PATIENT)
+def test_a_guest_that_writes_as_fast_as_it_can_moves(played: DemoRun) -> None:
+    last = check_moved(played)
+    assert last["rounds"][0]["dirty_rate"] > 0
+
+
+@pytest.mark.demo("--dirty-rate", "max", "--downtime", "1")
+def test_a_guest_that_cannot_fit_the_downtime_limit_stays_and_the_reason_says_so(played: DemoRun) -> None:
+    last = check(played, "aborted", "source", 1)
+    [reason] = last["reasons"]
+    assert reason["phase"] == "pre-copy"
+    assert "limit of 1 ms" in reason["reason"]
+    assert "--downtime" in reason["remedy"]
+    assert "stop" not in played.phases
+    assert last["downtime_ms"] is None

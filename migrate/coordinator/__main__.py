@@ -21,11 +21,13 @@ from migrate.coordinator.outcome import Outcome, emit_stdout
 from migrate.errors import FerryError
 
 
-async def _commands(reader: asyncio.StreamReader, actions: dict[str, Callable[[], None]]) -> None:
+async def _commands(reader: asyncio.StreamReader, actions: dict[str, Callable[..., None]]) -> None:
+    """Lines `{"cmd": NAME, …}`; what else stands in them are the action's arguments."""
     while line := await reader.readline():
-        action = actions.get(json.loads(line).get("cmd", ""))
+        words = json.loads(line)
+        action = actions.get(words.pop("cmd", ""))
         if action is not None:
-            action()
+            action(**words)
 
 
 async def _stdin() -> asyncio.StreamReader:
@@ -44,7 +46,9 @@ async def run_source() -> int:
         migration = source.SourceMigration(spec, emit_stdout, hold)
     except FerryError as error:
         return _refused(spec.job, spec.machine, spec.to, error)
-    commands = asyncio.create_task(_commands(reader, {"cancel": migration.cancel, "continue": hold.go_on}))
+    commands = asyncio.create_task(
+        _commands(reader, {"cancel": migration.cancel, "continue": hold.go_on, "set": migration.change})
+    )
     outcome = await migration.run()
     commands.cancel()
     emit_stdout(outcome.to_json())

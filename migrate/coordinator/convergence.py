@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from migrate.coordinator.limits import EXTEND_AT_MOST, OnStall
+
 #: Rounds that send less say nothing about the channel's rate: they are all latency.
 RATE_SAMPLE_BYTES = 4 << 20
 #: Rounds in a row in which the remainder did not fall below its minimum: then it never will.
@@ -34,13 +36,20 @@ class Decision:
 class Convergence:
     """:param limit_ms: the longest downtime that is allowed."""
 
-    def __init__(self, limit_ms: float) -> None:
+    def __init__(self, limit_ms: float, on_stall: OnStall = OnStall.ABORT) -> None:
         self.limit_ms = limit_ms
+        self.on_stall = on_stall
+        self._asked_ms = limit_ms
         self.rate = 0.0  #: bytes/s, of the newest round that is a measure
         self.overhead_ms = 0.0  #: saving, loading, committing: measured in the rehearsal
         self.slowest: str | None = None  #: the participant with the longest save and load
         self._rounds = 0
         self._least: int | None = None
+        self._stalled = 0
+
+    def set_limit(self, limit_ms: float) -> None:
+        """Another downtime limit, from the next decision on."""
+        self.limit_ms = self._asked_ms = limit_ms
         self._stalled = 0
 
     def sent(self, size: int, seconds: float) -> None:
@@ -56,7 +65,7 @@ class Convergence:
         expected = transfer_ms + self.overhead_ms
         if expected <= self.limit_ms:
             return Decision(Verdict.SWITCH_OVER, expected)
-        if self.overhead_ms > self.limit_ms:
+        if self.overhead_ms > self.limit_ms and self.on_stall is not OnStall.EXTEND_DOWNTIME:
             who = f", most of it {self.slowest}'s" if self.slowest else ""
             return Decision(
                 Verdict.GIVE_UP,
@@ -69,7 +78,19 @@ class Convergence:
             self._stalled = 0
         else:
             self._stalled += 1
-        if self._stalled >= STALLED_ROUNDS or self._rounds >= MAX_ROUNDS:
+        stalled = self._stalled >= STALLED_ROUNDS or self._rounds >= MAX_ROUNDS
+        if stalled and self.on_stall is OnStall.WAIT:
+            return Decision(Verdict.GO_ON, expected)
+        if (
+            stalled
+            and self.on_stall is OnStall.EXTEND_DOWNTIME
+            and expected <= self._asked_ms * EXTEND_AT_MOST
+        ):
+            self.limit_ms = expected
+            return Decision(
+                Verdict.SWITCH_OVER, expected, f"the downtime limit was extended to {expected:.0f} ms"
+            )
+        if stalled:
             return Decision(
                 Verdict.GIVE_UP,
                 expected,

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from migrate.coordinator.limits import RateLimit
 from migrate.errors import FerryError
 from migrate.memory import PAGE_SIZE, CompareTracker, DirtyBitmap, GuestMemory, PageRuns, SendPlan
 from migrate.memory.mapping import Pages
@@ -69,9 +70,14 @@ class PageSender:
     """:param compare: the tracker that has to see exactly the bytes that are sent, where one is used."""
 
     def __init__(
-        self, memory: GuestMemory, channels: Sequence[Channel], compare: CompareTracker | None = None
+        self,
+        memory: GuestMemory,
+        channels: Sequence[Channel],
+        compare: CompareTracker | None = None,
+        limit: RateLimit | None = None,
     ) -> None:
         self.memory = memory
+        self.limit = limit or RateLimit()
         self.channels = channels
         self.sent_bytes = 0  #: of all rounds; read by the progress line while threads add to it
         self.compare = compare
@@ -141,8 +147,10 @@ class PageSender:
                     for view in [memoryview(head)[frames.HEADER_SIZE :], *views]:
                         digest.update(view)
                 channel.send_runs([memoryview(head), *views])
+                size = len(head) + sum(view.nbytes for view in views)
+                self.limit.pay(size)
                 with self._counting:
-                    self.sent_bytes += len(head) + sum(view.nbytes for view in views)
+                    self.sent_bytes += size
                     if item.kind is Kind.PAGES:
                         work.pages += item.runs.pages
             channel.send(frames.encode_table(Kind.MARK, number, NO_PAGES, NO_PAGES, digested=last))
@@ -164,6 +172,7 @@ class PageSender:
         return self.memory.views(item.runs)
 
     def close(self) -> None:
+        self.limit.set(0)  # nobody sleeps through the end
         for channel in self.channels:
             channel.abort()
         self._pool.shutdown(wait=True)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,10 @@ import numpy as np
 from migrate import __version__
 from migrate.bus import Bus
 from migrate.coordinator import disks, doubt, preflight
+from migrate.coordinator.convergence import Convergence
 from migrate.coordinator.dialling import Dialler
 from migrate.coordinator.hold import Hold
+from migrate.coordinator.limits import OnStall, RateLimit
 from migrate.coordinator.link import Link
 from migrate.coordinator.outcome import Downtime, Emit, Outcome, wire_reasons
 from migrate.coordinator.pages_out import PageSender
@@ -32,6 +35,7 @@ from migrate.errors import (
     FerryError,
     IncompatibleError,
     InDoubtError,
+    NotConvergingError,
     Phase,
     Reason,
     RemoteProtocolError,
@@ -69,6 +73,9 @@ class Spec:
     keep: str = ""
     hold: list[str] = field(default_factory=list)
     doubt_seconds: float = 30.0
+    bandwidth: float = 0.0  #: bytes/s of pages; 0 is no limit
+    timeout_seconds: float = 0.0  #: of pre-copy; 0 is no limit
+    on_stall: str = OnStall.ABORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,8 @@ class SourceMigration:
         self.emit = emit
         self.hold = hold
         self.outcome = Outcome(spec.job, spec.machine, spec.to)
+        self.policy = Convergence(spec.downtime_ms, OnStall(spec.on_stall))
+        self.limit = RateLimit(spec.bandwidth)
         self._dialler = Dialler(spec.to, spec.credentials, spec.job)
         self._phase = Phase.PREFLIGHT
         self._parts: Participants | None = None
@@ -112,6 +121,14 @@ class SourceMigration:
     def cancel(self) -> None:
         if self._task is not None and not self._committing:
             self._task.cancel()
+
+    def change(self, *, downtime_ms: float | None = None, bandwidth: float | None = None) -> None:
+        """Other limits, from now on; refused by nobody, for what is past is past."""
+        if downtime_ms is not None:
+            self.policy.set_limit(downtime_ms)
+        if bandwidth is not None:
+            self.limit.set(bandwidth)
+        self.emit({"event": "limits", "downtime_ms": self.policy.limit_ms, "bandwidth": self.limit.rate})
 
     # -- the whole way -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +175,7 @@ class SourceMigration:
         stack.callback(memory.close)
         self.outcome.ram_bytes = memory.size
         transfer, dirty = await self._start(stack, parts, link, memory, agreed)
-        await transfer.precopy(dirty)
+        await self._in_time(transfer.precopy(dirty))
         await self._switch_over(transfer, dirty, agreed)
 
     async def _offer(self, parts: Participants, link: Link, tokens: disks.Tokens) -> Agreed:
@@ -193,7 +210,7 @@ class SourceMigration:
         await link.send(m.Start(agreed.connections, coarse_extents(memory)))
         channels = await self._dialler.pages(agreed.connections, agreed.token, link)
         compare = self._compare(parts, memory)
-        sender = PageSender(memory, channels, compare)
+        sender = PageSender(memory, channels, compare, self.limit)
         stack.push_async_callback(asyncio.to_thread, sender.close)
         await link.expect(m.Started, timeout=JOIN_SECONDS)
         # Tracking starts before anything is read: a page written from now on is sent again.
@@ -205,7 +222,7 @@ class SourceMigration:
             memory,
             sender,
             agreed.versions,
-            self.spec.downtime_ms,
+            self.policy,
             self.outcome,
             self.emit,
             self.hold,
@@ -227,6 +244,19 @@ class SourceMigration:
             }
         )
         return compare
+
+    async def _in_time(self, precopy: Coroutine[Any, Any, None]) -> None:
+        """:raises NotConvergingError: when pre-copy takes longer than `timeout_seconds`."""
+        seconds = self.spec.timeout_seconds
+        try:
+            async with asyncio.timeout(seconds or None):
+                await precopy
+        except TimeoutError:
+            raise NotConvergingError(
+                f"pre-copy did not end within the {seconds:g} s that were given",
+                phase=Phase.PRECOPY,
+                remedy="raise --timeout, --downtime or --bandwidth, or use --on-stall extend-downtime",
+            ) from None
 
     # -- the stop ----------------------------------------------------------------------------------------------------------
 

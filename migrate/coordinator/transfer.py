@@ -35,7 +35,7 @@ class Transfer:
     memory: GuestMemory
     sender: PageSender
     versions: dict[str, int]  #: what the destination reads, by participant
-    limit_ms: float  #: the downtime limit
+    policy: Convergence
     outcome: Outcome
     emit: Emit
     hold: Hold
@@ -47,7 +47,7 @@ class Transfer:
 
         :raises NotConvergingError: if it never will.
         """
-        policy = Convergence(self.limit_ms)
+        policy = self.policy
         left: dict[str, int] = {}
         number = 0
         collected = time.monotonic()
@@ -74,6 +74,8 @@ class Transfer:
                     device=policy.slowest if policy.overhead_ms > policy.limit_ms else None,
                     remedy="raise --downtime, add --connections, or slow the guest down",
                 )
+            if decision.why:
+                self.emit({"event": "warning", "warning": decision.why})
             if decision.verdict is Verdict.SWITCH_OVER and not self.hold.wants_round_after(number):
                 return
 

@@ -213,6 +213,7 @@ class Incoming:
 
         :raises UsageError: if the machine runs here.
         """
+        await self._machines.vacate(name)
         there = self._machines.get(name)
         if there is None:
             return

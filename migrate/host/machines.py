@@ -70,7 +70,7 @@ class Machines:
     def require(self, name: str) -> Machine:
         """:raises UsageError: if it does not run here."""
         machine = self._machines.get(name)
-        if machine is None:
+        if machine is None or machine.state == S.ENDED:
             raise UsageError(
                 f"no machine {name[:64]!r} runs here{nearest(name, sorted(self._machines))}",
                 remedy="see `ferry list`",
@@ -125,6 +125,7 @@ class Machines:
 
         :raises FerryError: why it does not start; nothing is left behind then.
         """
+        await self.vacate(config.name)
         there = self._machines.get(config.name)
         if there is not None:
             raise UsageError(
@@ -137,6 +138,26 @@ class Machines:
         except BaseException:  # also where the daemon ends at this moment
             launched.child.terminate()
             raise
+
+    async def vacate(self, name: str) -> None:
+        """Where a machine of this name is being taken down, wait until nothing of it is left.
+
+        :raises DeviceTimeout: it does not end.
+        """
+        machine = self._machines.get(name)
+        if machine is None:
+            return
+        try:
+            if (await machine.supervisor.describe())["state"] != S.ENDED:
+                return
+        except FerryError as error:
+            log.info("event=vacate machine=%s why=%s", name, error)
+        if not await machine.process.wait(QUIT_SECONDS):
+            raise DeviceTimeout(
+                f"what was left of {name} here does not end",
+                phase=Phase.SETUP,
+                remedy=f"`ferry stop {name} --force` on that host; see its supervisor.log",
+            )
 
     async def adopt(self) -> None:
         """Find the supervisors that an earlier daemon left running."""

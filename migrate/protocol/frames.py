@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from migrate.errors import LocalProtocolError, Phase, RemoteProtocolError
 
 MAGIC = b"VMF1"
-HEADER = struct.Struct(">4sBB2xII")
+HEADER = struct.Struct(">4sBBHII")
 HEADER_SIZE = HEADER.size
 #: Head of a PAGES, ZERO or MARK body: round number, count of runs, CRC-32 of those eight bytes and the table.
 TABLE_HEAD = struct.Struct(">III")
@@ -73,7 +73,7 @@ def encode_header(kind: Kind, length: int, digested: bool = False) -> bytes:
             phase=Phase.PRECOPY,
             remedy="this is a defect of vmferry; report it with the log",
         )
-    head = HEADER.pack(MAGIC, kind, digested, length, 0)[:12]
+    head = HEADER.pack(MAGIC, kind, digested, 0, length, 0)[:12]
     return head + CRC.pack(zlib.crc32(head))
 
 
@@ -87,7 +87,7 @@ def _garbage(why: str) -> RemoteProtocolError:
 
 def decode_header(data: bytes | bytearray | memoryview) -> Header:
     """:raises RemoteProtocolError: for a wrong magic, kind, checksum, or a length over the kind's limit."""
-    magic, kind, flags, length, crc = HEADER.unpack(data)
+    magic, kind, flags, zero, length, crc = HEADER.unpack(data)
     if magic != MAGIC:
         raise _garbage(f"a frame begins with {bytes(data[:4])!r}")
     if crc != zlib.crc32(data[:12]):
@@ -98,8 +98,8 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise _garbage(f"a frame of unknown kind {kind}") from None
     if length > LIMITS[known]:
         raise _garbage(f"a {known.name} frame claims {length} bytes, over the limit of {LIMITS[known]}")
-    if flags > 1:
-        raise _garbage(f"a frame with unknown flags {flags:#x}")
+    if flags > (known is not Kind.CONTROL) or zero:
+        raise _garbage(f"a {known.name} frame with unknown flags {flags:#x} {zero:#x}")
     return Header(known, length, bool(flags))
 
 
@@ -160,10 +160,11 @@ class TableHead:
 def decode_table_head(header: Header, data: bytes | bytearray | memoryview) -> TableHead:
     """:raises RemoteProtocolError: if the count of runs is over the limit or does not fit the frame."""
     head = TableHead(*TABLE_HEAD.unpack(data))
-    if head.runs > MAX_RUNS or TABLE_HEAD.size + head.table_bytes > header.length:
+    data_bytes = header.length - TABLE_HEAD.size - head.table_bytes
+    if head.runs > MAX_RUNS or data_bytes < 0:
         raise _garbage(f"a {header.kind.name} frame of {header.length} bytes claims {head.runs} runs")
-    if header.kind is not Kind.PAGES and TABLE_HEAD.size + head.table_bytes != header.length:
-        raise _garbage(f"a {header.kind.name} frame has bytes after its table")
+    if data_bytes > (MAX_PAGE_BYTES if header.kind is Kind.PAGES else 0):
+        raise _garbage(f"a {header.kind.name} frame has {data_bytes} bytes after its table")
     return head
 
 

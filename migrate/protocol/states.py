@@ -44,9 +44,7 @@ class Stage(StrEnum):
     FAILED = "failed"  #: END: before COMMIT; the source runs
     HELD = "held"  #: END: contact lost after READY; was COMMIT written? The destination keeps its copy until it is asked
     ABORTED = "aborted"  #: END: after COMMIT, the destination wrote ABORTED; the source runs
-    DOUBT = (
-        "doubt"  #: END: after COMMIT, contact lost; the source is stopped, and asks in another conversation
-    )
+    DOUBT = "doubt"  #: END: after COMMIT, contact lost; the source is stopped, and asks anew
     ASKING = "asking"  #: who runs it?
     ANSWERED = "answered"  #: END
 

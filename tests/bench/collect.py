@@ -48,10 +48,12 @@ def run(scale: Scale) -> Iterator[Figure]:
             try:
                 prove.prove(name)
             except TrackerError as error:
-                yield Figure("collect", f"{name}: {error.reason}", "ms/GiB", [float("nan")])
+                yield Figure("collect", name, "ms/GiB", (), note=error.reason)
                 continue
             tracker, touch, raw = make(memory)
-            yield from _measure(memory, name, tracker, touch, raw, scale.runs(3 if name == "compare" else RUNS))
+            yield from _measure(
+                memory, name, tracker, touch, raw, scale.runs(3 if name == "compare" else RUNS)
+            )
             tracker.close()
     finally:
         memory.close()

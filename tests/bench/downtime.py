@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = 9
 PARTS = ("stop", "pages", "save", "send", "load", "commit", "resume", "network")
 #: What follows one another between the first participant's stop and RUNNING, by DESIGN 2.3 and 2.6:
-#: - on the bus: quiesce of the supervisor, and in it vCPU, devices, all; collecting or saving; at the destination staging, applying,
-#:   STOP, ready; commit; at the destination commit_incoming, and in it all, devices, vCPU;
+#: - on the bus: quiesce of the supervisor, and in it vCPU, devices, all; collecting or saving; at the destination staging,
+#:   applying, STOP, ready; commit; at the destination commit_incoming, and in it all, devices, vCPU;
 #: - syncs: READY, COMMIT and COMMITTED;
 #: - crossings: STOPPED, READY, COMMIT and RUNNING are two round trips.
 STEPS = {"bus": 14, "sync": 3, "loopback": 2}
@@ -53,16 +53,16 @@ def run(scale: Scale) -> Iterator[Figure]:
         found, floors = [], []
         for _ in range(scale.runs(RUNS)):
             prices = _prices(20)
-            floors.append(
-                1e3 * sum(count * statistics.median(prices[name]) for name, count in STEPS.items())
-            )
+            floors.append(1e3 * sum(count * statistics.median(prices[name]) for name, count in STEPS.items()))
             found.append(_demo([*words, "--memory", memory]))
         yield Figure(
             "downtime", f"{case}, {memory}", "ms", [float(each["downtime_ms"]) for each in found], floors,
             note=", ".join(sorted({str(each["slowest_device"]) for each in found})),
         )  # fmt: skip
         for part in PARTS:
-            yield Figure("downtime", f"{case}: {part}", "ms", [float(each["downtime"][part]) for each in found])
+            yield Figure(
+                "downtime", f"{case}: {part}", "ms", [float(each["downtime"][part]) for each in found]
+            )
         gaps = [float(each["guest"]["longest_gap_ms"]) for each in found]
         yield Figure("downtime", f"{case}: longest gap in the guest (verifies, too)", "ms", gaps)
 
@@ -76,7 +76,9 @@ def _demo(words: list[str]) -> dict[str, object]:
     lines = done.stdout.strip().splitlines()
     last: dict[str, object] = json.loads(lines[-1]) if lines else {}
     if done.returncode or last.get("outcome") != "completed":
-        raise RuntimeError(f"ferry demo {' '.join(words)} ended with {done.returncode}: {last or done.stderr}")
+        raise RuntimeError(
+            f"ferry demo {' '.join(words)} ended with {done.returncode}: {last or done.stderr}"
+        )
     return last
 
 

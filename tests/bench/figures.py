@@ -36,7 +36,8 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """:ivar raw: samples of the limit, as many as `samples` and taken in turn with them, in the same unit; or none."""
+    """:ivar samples: none where it cannot be measured here; `note` then says why.
+    :ivar raw: samples of the limit, as many as `samples` and taken in turn with them, in the same unit; or none."""
 
     bench: str
     case: str
@@ -69,7 +70,7 @@ class Figure:
         return (
             self.bench,
             self.case,
-            f"{_short(statistics.median(self.samples))} {self.unit}",
+            f"{_short(statistics.median(self.samples))} {self.unit}" if self.samples else "",
             _range(self.samples),
             _short(statistics.median(self.raw)) if self.raw else "",
             _short(statistics.median(ratios)) if ratios else "",

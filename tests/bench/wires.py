@@ -1,6 +1,7 @@
 """The connections of the pre-copy bench: the same sockets for vmferry's channels and for the raw limit.
 
-TCP in the clear is no transport of vmferry (memory does not cross a network unencrypted); it is here because it says what TLS costs.
+TCP in the clear is no transport of vmferry (memory does not cross a network unencrypted); it is here because it says what
+TLS costs.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--memory", default="256M", metavar="SIZE", help="of the guest (default 256M)")
     parser.add_argument(
-        "--dirty-rate", default="", metavar="SIZE", help='what the guest rewrites a second: "25M" or "max"'
+        "--dirty-rate", default="", metavar="SIZE", help='what the guest rewrites a second: "25M", "0" or "max"'
     )
     parser.add_argument(
         "--tracker", choices=["scan", "log", "compare"], default="", help="dirty tracking (default: the best)"

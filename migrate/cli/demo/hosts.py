@@ -16,7 +16,8 @@ from typing import Any
 from migrate.bus.host import HostClient
 from migrate.errors import FerryError, Phase, TransportError
 
-START_SECONDS = 20.0
+#: A loaded machine takes many seconds to import what a daemon needs.
+START_SECONDS = 60.0
 
 
 class DemoHost:

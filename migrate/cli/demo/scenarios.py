@@ -16,6 +16,8 @@ from migrate.cli.demo.hosts import processes_of
 from migrate.cli.demo.stage import MACHINE, Event, Stage
 from migrate.errors import FerryError, Phase
 
+#: A job gives up by itself long before; this bounds a defect. A loaded machine may take half a minute to come to COMMIT.
+DOUBT_SECONDS = 120.0
 #: How long the cut link stays cut, s: long enough to be seen in doubt.
 CUT_SECONDS = 1.5
 
@@ -124,7 +126,7 @@ async def commit_lost(stage: Stage) -> Event:
 
 async def _in_doubt(stage: Stage, following: asyncio.Task[Event]) -> None:
     """See the source stopped and in doubt, and both copies there."""
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + DOUBT_SECONDS
     while time.monotonic() < deadline and not following.done():
         here = await stage.source.machine(MACHINE)
         if (

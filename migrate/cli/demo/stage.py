@@ -23,8 +23,8 @@ MACHINE = "demo"
 #: The guest is seen to work before it is moved, and to go on after.
 TICKS_BEFORE = 30
 TICKS_AFTER = 30
-BOOT_SECONDS = 30.0
-GO_ON_SECONDS = 20.0
+BOOT_SECONDS = 60.0
+GO_ON_SECONDS = 60.0
 
 Event = dict[str, Any]
 Say = Callable[[str], None]
@@ -38,7 +38,7 @@ class Options:
     at: str = ""
     destination_gone: bool = False
     memory: str = "256M"
-    dirty_rate: str = ""  #: bytes a second as "25M", "max", or the guest's own default
+    dirty_rate: str = ""  #: bytes a second as "25M", "0", "max", or the guest's own default
     tracker: str = ""
     connections: int = 1
     downtime_ms: int = 300
@@ -78,6 +78,8 @@ class Stage:
             return "storm=1"
         if not rate:
             return "dirty=64"
+        if rate == "0":
+            return "dirty=0"
         from migrate.machine.config import parse_size
 
         return f"dirty={max(1, parse_size(rate, '--dirty-rate') // 4096 // 100)}"

@@ -35,7 +35,7 @@ KEPT = "kept"
 Event = dict[str, Any]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class DemoRun:
     """One run, when it has ended."""
 
@@ -78,8 +78,9 @@ class DemoRun:
         """Of the processes that run a module."""
         return [" ".join(process.words) for process in self.processes if module in process.words]
 
-    def __str__(self) -> str:
-        return "\n".join([f"{' '.join(self.words)} → {self.code}", *self.lines[-6:], self.stderr])
+    def __repr__(self) -> str:
+        how = f"ferry demo {' '.join(self.words)} → {self.code} after {self.seconds:.1f} s"
+        return "\n".join([how, *self.lines[-8:], self.stderr])
 
 
 def run(

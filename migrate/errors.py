@@ -6,6 +6,7 @@
     ├── InDoubtError                exit 4  COMMIT is in the ledger and the peer is silent; the machine is stopped
     ├── InterruptedByUser           exit 130
     ├── CancelledByUser             exit 1  `ferry cancel`; the source runs
+    ├── GuestEnded                  exit 1  the guest powered off, or its machine failed, while it was being moved
     ├── NotConvergingError          exit 1  the guest dirties faster than the channel sends
     ├── MemoryFault                 exit 1  a memfd without its seals, an address outside every region
     │   └── TrackerError            exit 1  a dirty tracker that does not work here
@@ -157,6 +158,10 @@ class InterruptedByUser(FerryError):
 
 class CancelledByUser(FerryError):
     code = "Cancelled"
+
+
+class GuestEnded(FerryError):
+    code = "GuestEnded"
 
 
 class NotConvergingError(FerryError):

@@ -57,12 +57,7 @@ class MemoryAccess:
 
         :raise MemoryFault: not all of it is guest memory that this device may write. Nothing was written.
         """
-        if not self._writes:
-            raise MemoryFault(
-                "this type of device said that it writes no guest memory, so its writes would be lost in a migration",
-                remedy="set writes_memory = True in its class",
-                phase=Phase.RUNNING,
-            )
+        self._require_writer()
         region, offset = self._locate(gpa, len(data), write=True)
         tracker = self.tracker
         if tracker is not None and tracker.needs_marks:
@@ -71,6 +66,36 @@ class MemoryAccess:
                 tracker.mark(GuestAddress(region.gpa + offset), len(data))
         else:
             region.view[offset : offset + len(data)] = data
+
+    def view(self, gpa: int, size: int, *, write: bool) -> memoryview:
+        """The bytes themselves, for system calls that read or store them; a store needs `wrote` afterwards.
+
+        It may outlast the lock, but not what `Device.before_unmap` waits for.
+
+        :raise MemoryFault: not all of it is guest memory that this device may read, or write.
+        """
+        if write:
+            self._require_writer()
+        region, offset = self._locate(gpa, size, write=write)
+        return region.view[offset : offset + size]
+
+    def wrote(self, gpa: int, size: int) -> None:
+        """Mark dirty what was stored through a view. Before the device shows that it is done.
+
+        :raise MemoryFault: the VMM has taken that memory back meanwhile.
+        """
+        tracker = self.tracker
+        if tracker is not None and tracker.needs_marks:
+            region, offset = self._locate(gpa, size, write=True)
+            tracker.mark(GuestAddress(region.gpa + offset), size)
+
+    def _require_writer(self) -> None:
+        if not self._writes:
+            raise MemoryFault(
+                "this type of device said that it writes no guest memory, so its writes would be lost in a migration",
+                remedy="set writes_memory = True in its class",
+                phase=Phase.RUNNING,
+            )
 
     def _locate(self, gpa: int, length: int, *, write: bool) -> tuple[Region, int]:
         if not self.by_windows:

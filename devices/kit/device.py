@@ -53,8 +53,10 @@ class Device(Participant):
 
     #: The windows that a VMM sees, by index.
     regions: ClassVar[Sequence[RegionInfo]] = ()
-    #: How many interrupts it has.
-    irqs: ClassVar[int] = 1
+    #: How many interrupts it has at each index of vfio-user. A PCI function: none but at index 2, one a MSI-X vector.
+    irqs: ClassVar[Sequence[int]] = (1,)
+    #: Whether it is a PCI function: regions 0 to 5 are its BARs, region 7 is its configuration space.
+    pci: ClassVar[bool] = False
     #: Whether it calls `self.stream(...)` in setup: state beside the blob, of any size, sent while the machine runs.
     streams: ClassVar[bool] = False
     #: The keys that `--option key=value` may have, each with a line of help.
@@ -62,7 +64,7 @@ class Device(Participant):
 
     def __init__(self, device_id: str, options: Mapping[str, str] | None = None) -> None:
         super().__init__(device_id)
-        self._irqs = tuple(Irq() for _ in range(self.irqs))
+        self._irqs = tuple(Irq() for _ in range(sum(self.irqs)))
         self._timers = Timers(self.lock)
         self.setup(options or {})
         self.reset()
@@ -82,10 +84,13 @@ class Device(Participant):
     def write(self, region: int, offset: int, size: int, value: int) -> None:
         """A store of 1, 2, 4 or 8 bytes, naturally aligned, within the region. Little-endian."""
 
+    def before_unmap(self) -> None:
+        """A VMM takes guest memory back. When this returns, no view of it is in use any more, whatever is in flight."""
+
     # -- what an author uses (besides self.memory) ---------------------------------------------------------------------
 
     def irq(self, number: int = 0) -> Irq:
-        """Interrupt `number`; `.raise_()` signals it."""
+        """Interrupt `number`, counted over all indexes; `.raise_()` signals it."""
         return self._irqs[number]
 
     def every(self, seconds: float, action: Callable[[], None]) -> Timer:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from devices.kit.device import Device, RegionInfo
+from devices.kit.irq import Irq
 from devices.kit.runtime import Runtime
 from devices.protocols.vfio_user.messages import DmaFlags, DmaMap, refused
 from migrate.errors import MemoryFault
@@ -35,8 +36,12 @@ class VfioUserBackend:
         return self._device.regions
 
     @property
-    def irqs(self) -> int:
-        return len(self._device.all_irqs)
+    def irqs(self) -> Sequence[int]:
+        return self._device.irqs
+
+    @property
+    def pci(self) -> bool:
+        return self._device.pci
 
     def _require_responding(self) -> None:
         if self._device.state not in RESPONDING:
@@ -70,14 +75,18 @@ class VfioUserBackend:
             )
 
     def dma_unmap(self, address: int, size: int) -> None:
+        self._device.before_unmap()
         self._device.memory.unmap_window(address, size)
 
-    def connect_irq(self, index: int, eventfd: int | None) -> None:
-        self._device.all_irqs[index].connect(eventfd)
+    def connect_irq(self, index: int, number: int, eventfd: int | None) -> None:
+        self._irq(index, number).connect(eventfd)
 
-    def trigger_irq(self, index: int) -> None:
+    def trigger_irq(self, index: int, number: int) -> None:
         self._require_responding()
-        self._device.all_irqs[index].raise_()
+        self._irq(index, number).raise_()
+
+    def _irq(self, index: int, number: int) -> Irq:
+        return self._device.irq(sum(self._device.irqs[:index]) + number)
 
     def reset(self) -> None:
         if not self._runtime.reset_by_vmm():

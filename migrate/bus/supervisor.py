@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from migrate.bus.connection import Bus
@@ -88,6 +89,10 @@ class SupervisorClient:
         return await self._bus.call(
             NAME, PATH, INTERFACE, member, signature, body, timeout=timeout, phase=phase
         )
+
+    async def on_changed(self, callback: Callable[[str, str], None]) -> Callable[[], None]:
+        """Have `callback(state, detail)` called at every change of the machine's state; returns how to stop."""
+        return await self._bus.on_signal(INTERFACE, "Changed", lambda _sender, _path, body: callback(*body))
 
     async def describe(self) -> dict[str, Any]:
         [text] = await self._call("Describe")

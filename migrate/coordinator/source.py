@@ -33,6 +33,7 @@ from migrate.coordinator.transfer import READY_SECONDS, Transfer
 from migrate.errors import (
     CancelledByUser,
     FerryError,
+    GuestEnded,
     IncompatibleError,
     InDoubtError,
     NotConvergingError,
@@ -117,10 +118,26 @@ class SourceMigration:
         self._committing = False
         self._epoch = 0
         self._task: asyncio.Task[Any] | None = None
+        self._guest_ended: GuestEnded | None = None
 
     def cancel(self) -> None:
         if self._task is not None and not self._committing:
             self._task.cancel()
+
+    def _machine_changed(self, state: str, detail: str) -> None:
+        """The supervisor says that there is nothing to move any more."""
+        if state in ("ended", "failed") and not self._committing and self._guest_ended is None:
+            name, _, rest = detail.partition(": ")
+            known = self._parts is not None and name in self._parts.by_id
+            self._guest_ended = GuestEnded(
+                rest if known else detail,
+                phase=self._phase,
+                device=name if known else None,
+                remedy="there is nothing left to move here"
+                if state == "ended"
+                else "`ferry stop` it and start it again",
+            )
+            self.cancel()
 
     def change(self, *, downtime_ms: float | None = None, bandwidth: float | None = None) -> None:
         """Other limits, from now on; refused by nobody, for what is past is past."""
@@ -142,11 +159,13 @@ class SourceMigration:
                     await self._migrate(stack)
                 except asyncio.CancelledError:
                     self._task.uncancel()
+                    if self._guest_ended is not None:
+                        raise self._guest_ended from None
                     raise CancelledByUser(
                         "cancelled by the user", phase=self._phase, remedy="the machine runs on here"
                     ) from None
             except FerryError as error:
-                await self._give_up(error)
+                await self._give_up(self._guest_ended or error)
         self._keep()
         return self.outcome
 
@@ -156,6 +175,7 @@ class SourceMigration:
         bus = await Bus.connect(spec.bus)
         stack.push_async_callback(bus.close)
         self._parts = parts = await Participants.find(bus)
+        await parts.supervisor.on_changed(self._machine_changed)
         preflight.check_source(parts)
         tokens = disks.Tokens()
         stack.callback(tokens.remove)
@@ -403,10 +423,13 @@ class SourceMigration:
             )
             self._finish("in_doubt", "neither", InDoubtError.exit_code)
             return
-        refused = isinstance(error, IncompatibleError)
-        self._finish("refused" if refused else "aborted", "source", error.exit_code)
+        if isinstance(error, GuestEnded):
+            self._finish("guest-ended", "neither", error.exit_code)
+        else:
+            refused = isinstance(error, IncompatibleError)
+            self._finish("refused" if refused else "aborted", "source", error.exit_code)
         await self._say(m.Abort(tuple(reasons)))
-        if self._begun and self._parts is not None:
+        if self._begun and self._parts is not None and not isinstance(error, GuestEnded):
             try:
                 await self._parts.supervisor.abort_outgoing(self.spec.job, wire_reasons(reasons))
             except FerryError as failure:

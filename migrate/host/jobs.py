@@ -314,7 +314,10 @@ class Jobs:
             if job.kind is Kind.RECOVER and job.process is not None:
                 await self.end(job)  # the next daemon asks again
             elif job.commands >= 0:
-                self.say(job, "cancel")
+                try:
+                    self.say(job, "cancel")
+                except FerryError as error:  # below it is ended by force
+                    log.warning("event=not-cancelled job=%s error=%s", job.id, error)
         try:
             async with asyncio.timeout(ROLLBACK_SECONDS):
                 await asyncio.gather(*(job.ended.wait() for job in jobs))

@@ -60,6 +60,11 @@ class Child:
     def alive(self) -> bool:
         return self.process.returncode is None
 
+    @property
+    def powered_off(self) -> bool:
+        """It ended of its own accord and says that all is well: how a vCPU's process ends when the guest powers off."""
+        return self.process.returncode == 0 and not self.expected
+
     def obituary(self, phase: Phase) -> DeviceGone:
         """Why it is gone, in its own last words."""
         code = self.process.returncode

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from migrate.errors import DeviceError, FerryError, LedgerError, LocalProtocolError, Phase, Reason, UsageError
 from migrate.machine.children import Child
-from migrate.machine.config import MachineConfig
+from migrate.machine.config import VCPU_ID, MachineConfig
 from migrate.machine.ledger import Entry, Ledger
 from migrate.machine.roster import Roster
 from migrate.machine.states import MACHINE, MachineState
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 HOLD_SECONDS = 120.0
 #: How often a committed machine that does not start is tried again, s.
 RETRY_SECONDS = 1.0
+
+#: What `Changed` says when the guest has switched the machine off.
+POWERED_OFF = "the guest powered off"
 
 S = MachineState
 
@@ -439,6 +442,9 @@ class Supervisor:
         self._background(self._participant_died(child))
 
     async def _participant_died(self, child: Child) -> None:
+        if child.name == VCPU_ID and child.powered_off:
+            await self._powered_off()
+            return
         why = child.obituary(Phase.RUNNING)
         log.error("event=participant-died device=%s reason=%s", child.name, why)
         async with self._lock:
@@ -457,6 +463,15 @@ class Supervisor:
                     self._unfollow()
                     self.job = None
                 self._enter(S.FAILED, str(why))
+
+    async def _powered_off(self) -> None:
+        """The guest switched the machine off: it ends, and with it the job, whatever it was doing."""
+        async with self._lock:
+            if self.state in (S.RUNNING, S.OUTGOING):
+                if self.job is not None:
+                    self.ledger.write(Entry.RESUMED, self.job.name, self.job.epoch, detail=POWERED_OFF)
+                    self._unfollow()
+                self._enter(S.ENDED, POWERED_OFF)
 
     def _background(self, work: object) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(_logged(work))

@@ -38,7 +38,7 @@ class Stage(StrEnum):
     READY = "ready"  #: all is applied; until COMMIT every failure ends on the source
     VERIFYING = "verifying"  #: both memories are compared
     COMMITTED = "committed"  #: the source has written COMMIT / the destination COMMITTED
-    COMMITTING = "committing"  #: the destination heard COMMIT and has written nothing yet
+    COMMITTING = "committing"  #: COMMIT was said and not answered / was heard, and nothing is written yet
     RUNNING = "running"  #: END: the machine runs on the destination
     GONE = "gone"  #: END: contact lost where nothing hung on it
     FAILED = "failed"  #: END: before COMMIT; the source runs
@@ -91,11 +91,15 @@ SOURCE: Final[Table] = {
     _S.LOADING: {(RECV, m.Ready): _S.READY},
     _S.READY: {(SEND, m.Verify): _S.VERIFYING, (DID, Did.WROTE_COMMIT): _S.COMMITTED},
     _S.VERIFYING: {(RECV, m.Verified): _S.READY},
+    # A REJECT crossed our COMMIT. Only ABORTED, which is written before it is said, lets the source resume: ask.
     _S.COMMITTED: {
-        (SEND, m.Commit): _S.COMMITTED,
+        (SEND, m.Commit): _S.COMMITTING,
+        (RECV, m.Reject): _S.DOUBT,
+        (DID, Did.LOST): _S.DOUBT,
+    },
+    _S.COMMITTING: {
         (RECV, m.Running): _S.RUNNING,
         (RECV, m.Aborted): _S.ABORTED,
-        # It crossed our COMMIT. Only ABORTED, which is written before it is said, lets the source resume: ask.
         (RECV, m.Reject): _S.DOUBT,
         (DID, Did.LOST): _S.DOUBT,
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from tests.bench import collect, downtime, precopy
 from tests.bench.figures import Figure, Scale, as_line, machine, table
@@ -41,8 +42,8 @@ def main() -> int:
     return 0
 
 
-def _say(text: str, stream: object = None) -> None:
-    print(text, file=stream, flush=True)  # type: ignore[arg-type]
+def _say(text: str, stream: TextIO | None = None) -> None:
+    print(text, file=stream, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from migrate.bus import Bus, PrivateBus, discover
 from migrate.machine.ledger import Ledger
@@ -34,7 +35,7 @@ PARTS = ("stop", "pages", "save", "send", "load", "commit", "resume", "network")
 #: - crossings: STOPPED, READY, COMMIT and RUNNING are two round trips.
 STEPS = {"bus": 14, "sync": 3, "loopback": 2}
 
-CASES = (
+CASES: Sequence[tuple[str, list[str]]] = (
     ("idle", ["--dirty-rate", "0"]),
     ("25 MB/s", []),
     ("storm", ["--dirty-rate", "max"]),
@@ -67,14 +68,14 @@ def run(scale: Scale) -> Iterator[Figure]:
         yield Figure("downtime", f"{case}: longest gap in the guest (verifies, too)", "ms", gaps)
 
 
-def _demo(words: list[str]) -> dict[str, object]:
+def _demo(words: list[str]) -> dict[str, Any]:
     """The last line of a run."""
     done = subprocess.run(
         [sys.executable, "-m", "migrate.cli", "demo", "--json", *words],
         cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
-    last: dict[str, object] = json.loads(lines[-1]) if lines else {}
+    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
     if done.returncode or last.get("outcome") != "completed":
         raise RuntimeError(
             f"ferry demo {' '.join(words)} ended with {done.returncode}: {last or done.stderr}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from migrate.coordinator.pages_out import PageSender
 from migrate.memory import DirtyBitmap, GuestAddress, GuestMemory, PageRuns, RegionSpec
+from migrate.transport.channel import ByteChannel
 from tests.bench import raw, receiving, wires
 from tests.bench.figures import Figure, Scale
 
@@ -39,7 +40,8 @@ def run(scale: Scale) -> Iterator[Figure]:
 
 def run_touch(scale: Scale) -> Iterator[Figure]:
     """What the first touch of memory costs: prefault in its small steps, beside storing one word a page."""
-    prefault, store = [], []
+    prefault: list[float] = []
+    store: list[float] = []
     for _ in range(scale.runs(RUNS)):
         for samples in (store, prefault):
             memory = receiving.first_touch(scale.size)
@@ -92,7 +94,7 @@ class _Pair:
             raise AssertionError(f"{what} over {transport}: not every page came")
         return took
 
-    async def _send(self, channels: list[wires.ByteChannel]) -> float:
+    async def _send(self, channels: list[ByteChannel]) -> float:
         sender = PageSender(self.memory, channels)
         dirty = DirtyBitmap(self.memory.page_count)
         dirty.set_range(0, self.memory.page_count)

@@ -7,6 +7,7 @@ TLS costs.
 from __future__ import annotations
 
 import socket
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,5 +81,5 @@ def accept(place: Place, transport: str, count: int, bound: socket.socket) -> li
 
 def channel(sock: socket.socket) -> ByteChannel:
     """vmferry's own page channel over it."""
-    kind = TlsChannel if isinstance(sock, tls.ssl.SSLSocket) else SocketChannel
+    kind = TlsChannel if isinstance(sock, ssl.SSLSocket) else SocketChannel
     return kind(sock, "bench", "the other side")  # type: ignore[arg-type]

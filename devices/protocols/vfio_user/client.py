@@ -175,18 +175,14 @@ class Client:
     def write_bytes(self, region: int, offset: int, data: Buffer) -> None:
         self._call(Command.REGION_WRITE, ACCESS.pack(offset, region, len(data)) + data)
 
-    def set_irq_eventfd(self, index: int, eventfd: int | None) -> None:
-        """Have interrupt `index` signalled through an eventfd (which stays the caller's), or with None no more."""
-        if eventfd is None:
-            irqs = IrqSet(SetIrqs.DATA_NONE | SetIrqs.TRIGGER, index, 0, 0)
-            self._call(Command.DEVICE_SET_IRQS, irqs.encode())
-        else:
-            irqs = IrqSet(SetIrqs.DATA_EVENTFD | SetIrqs.TRIGGER, index, 0, 1)
-            self._call(Command.DEVICE_SET_IRQS, irqs.encode(), (eventfd,))
+    def set_irq_eventfd(self, index: int, eventfd: int | None, number: int = 0) -> None:
+        """Have interrupt `number` of an index signalled through an eventfd (which stays the caller's), or with None no more."""
+        irqs = IrqSet(SetIrqs.DATA_EVENTFD | SetIrqs.TRIGGER, index, number, 1)
+        self._call(Command.DEVICE_SET_IRQS, irqs.encode(), () if eventfd is None else (eventfd,))
 
-    def trigger_irq(self, index: int) -> None:
-        """Have the device raise interrupt `index`: a test of the way back."""
-        irqs = IrqSet(SetIrqs.DATA_NONE | SetIrqs.TRIGGER, index, 0, 1)
+    def trigger_irq(self, index: int, number: int = 0) -> None:
+        """Have the device raise an interrupt: a test of the way back."""
+        irqs = IrqSet(SetIrqs.DATA_NONE | SetIrqs.TRIGGER, index, number, 1)
         self._call(Command.DEVICE_SET_IRQS, irqs.encode())
 
     def reset(self) -> None:

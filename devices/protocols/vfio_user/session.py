@@ -64,8 +64,12 @@ class Backend(Protocol):
     @property
     def regions(self) -> Sequence[Window]: ...
     @property
-    def irqs(self) -> int:
-        """Number of interrupt indexes; each has one interrupt."""
+    def pci(self) -> bool:
+        """Whether regions and interrupt indexes are numbered as VFIO numbers those of a PCI function."""
+
+    @property
+    def irqs(self) -> Sequence[int]:
+        """How many interrupts each index has."""
 
     def region_read(self, region: int, offset: int, count: int) -> bytes:
         """Within the region and not empty: the session has checked."""
@@ -78,10 +82,10 @@ class Backend(Protocol):
     def dma_unmap(self, address: int, size: int) -> None:
         """All references to the window are gone when this returns."""
 
-    def connect_irq(self, index: int, eventfd: int | None) -> None:
-        """Owns the eventfd from here on; None disconnects."""
+    def connect_irq(self, index: int, number: int, eventfd: int | None) -> None:
+        """Owns the eventfd from here on; None disconnects. `number` counts within the index."""
 
-    def trigger_irq(self, index: int) -> None:
+    def trigger_irq(self, index: int, number: int) -> None:
         """As if the device itself had raised it."""
 
     def reset(self) -> None: ...
@@ -144,8 +148,8 @@ class Session:
         """The client is gone: its windows and eventfds go with it, the device's state stays."""
         with self._backend.lock:
             self._unmap_all()
-            for index in range(self._backend.irqs):
-                self._backend.connect_irq(index, None)
+            for index in range(len(self._backend.irqs)):
+                self._disconnect(index)
 
     # -- negotiation ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +202,8 @@ class Session:
 
     def _device_info(self, message: Message) -> bytes:
         DeviceInfo.decode(message.payload)
-        return DeviceInfo(DeviceFlags.RESET, len(self._backend.regions), self._backend.irqs).encode()
+        flags = DeviceFlags.RESET | (DeviceFlags.PCI if self._backend.pci else 0)
+        return DeviceInfo(flags, len(self._backend.regions), len(self._backend.irqs)).encode()
 
     def _region_info(self, message: Message) -> bytes:
         index = RegionInfo.decode(message.payload).index
@@ -208,8 +213,9 @@ class Session:
 
     def _irq_info(self, message: Message) -> bytes:
         index = IrqInfo.decode(message.payload).index
-        self._check_irq(index, 0, 1)
-        return IrqInfo(index, IrqFlags.EVENTFD, 1).encode()
+        self._check_irq(index, 0, 0)
+        count = self._backend.irqs[index]
+        return IrqInfo(index, IrqFlags.EVENTFD if count else 0, count).encode()
 
     def _region(self, index: int) -> Window:
         if index >= len(self._backend.regions):
@@ -219,11 +225,11 @@ class Session:
     # -- interrupts ---------------------------------------------------------------------------------------------------------
 
     def _check_irq(self, index: int, start: int, count: int) -> None:
-        if index >= self._backend.irqs or start + count > 1:
+        if index >= len(self._backend.irqs):
+            raise invalid(f"there is no interrupt index {index}")
+        if start + count > self._backend.irqs[index]:
             raise invalid(
-                f"there is no interrupt {index}.{start}"
-                if count < 2
-                else f"interrupt {index} is one, not {count}"
+                f"interrupt index {index} has {self._backend.irqs[index]}, and {count} from {start} on are named"
             )
 
     def _set_irqs(self, message: Message) -> bytes:
@@ -233,15 +239,22 @@ class Session:
         if not irqs.flags & SetIrqs.TRIGGER:
             raise invalid(f"interrupt {irqs.index} cannot be masked")
         if irqs.flags & SetIrqs.DATA_EVENTFD:
-            # No descriptor with EVENTFD data takes the eventfd away, as in the kernel's -1.
-            if len(message.fds) > irqs.count:
+            # No descriptor with EVENTFD data takes the eventfds away, as in the kernel's -1.
+            if len(message.fds) not in (0, irqs.count):
                 raise invalid(f"{len(message.fds)} eventfds for {irqs.count} interrupts")
-            self._backend.connect_irq(irqs.index, message.take_fd() if message.fds else None)
+            for number in range(irqs.start, irqs.start + irqs.count):
+                self._backend.connect_irq(irqs.index, number, message.take_fd() if message.fds else None)
         elif irqs.count == 0:
-            self._backend.connect_irq(irqs.index, None)
-        elif irqs.flags & SetIrqs.DATA_NONE or irqs.data[0]:
-            self._backend.trigger_irq(irqs.index)
+            self._disconnect(irqs.index)
+        else:
+            for at in range(irqs.count):
+                if irqs.flags & SetIrqs.DATA_NONE or irqs.data[at]:
+                    self._backend.trigger_irq(irqs.index, irqs.start + at)
         return b""
+
+    def _disconnect(self, index: int) -> None:
+        for number in range(self._backend.irqs[index]):
+            self._backend.connect_irq(index, number, None)
 
     # -- access ---------------------------------------------------------------------------------------------------------------
 

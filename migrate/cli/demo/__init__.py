@@ -50,7 +50,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--memory", default="256M", metavar="SIZE", help="of the guest (default 256M)")
     parser.add_argument(
-        "--dirty-rate", default="", metavar="SIZE", help='what the guest rewrites a second: "25M", "0" or "max"'
+        "--dirty-rate",
+        default="",
+        metavar="SIZE",
+        help='what the guest rewrites a second: "25M", "0" or "max"',
     )
     parser.add_argument(
         "--tracker", choices=["scan", "log", "compare"], default="", help="dirty tracking (default: the best)"
@@ -90,7 +93,7 @@ def _options(args: argparse.Namespace) -> Options:
             f"--destination-gone does not go with {args.scenario}", remedy="add --scenario commit-lost"
         )
     parse_size(args.memory, "--memory")
-    if args.dirty_rate not in ("", "max"):
+    if args.dirty_rate not in ("", "0", "max"):
         parse_size(args.dirty_rate, "--dirty-rate")
     if not 0 <= args.connections <= 16:
         raise UsageError(
@@ -158,7 +161,7 @@ async def _play(options: Options, *, as_json: bool) -> int:
         if stage.relay is not None:
             await stage.relay.start()
         await asyncio.gather(stage.source.start(), stage.destination.start(scenario.destination_hold(stage)))
-        if options.tracker in ("", "scan"):
+        if not options.tracker:
             _say_tracker(say)
         await stage.boot()
         outcome = await stage.judge(await scenario.play(stage))

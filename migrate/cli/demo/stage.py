@@ -80,6 +80,8 @@ class Stage:
             return "dirty=64"
         if rate == "0":
             return "dirty=0"
+        if rate == "0":
+            return "dirty=0"
         from migrate.machine.config import parse_size
 
         return f"dirty={max(1, parse_size(rate, '--dirty-rate') // 4096 // 100)}"
@@ -145,17 +147,26 @@ class Stage:
         await self.source.client.proceed(MACHINE)
 
     async def held_at_destination(self, job: str, point: str) -> None:
-        """Wait until the destination waits at that point of the job."""
-        deadline = time.monotonic() + 60.0
-        while time.monotonic() < deadline:
+        """Wait until the destination waits at that point of the job.
+
+        :raises FerryError: if the job ends before.
+        """
+        while True:
             try:
                 events = await self.destination.client.job_events(job)
             except FerryError:
                 events = []  # it has not heard of the job yet
             if any(event.get("event") == "held" and event.get("at") == point for event in events):
                 return
+            last = (await self.source.client.job_events(job))[-1]
+            if last.get("event") == "outcome":
+                why = "; ".join(reason["reason"] for reason in last["reasons"])
+                raise FerryError(
+                    f"the migration ended before {point}: {why}",
+                    phase=Phase.LOAD,
+                    remedy="see the hosts' logs",
+                )
             await asyncio.sleep(0.01)
-        raise FerryError(f"the destination never came to {point}", phase=Phase.LOAD, remedy="see its log")
 
     # -- what must be true afterwards ----------------------------------------------------------------------------------------
 

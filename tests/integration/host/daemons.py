@@ -72,7 +72,9 @@ class Host:
         else:
             command = [sys.executable, str(HERE / "run_host.py"), str(self.directory), *words]
         with self.log.open("a") as log:
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            return subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            )
 
     def start(self, *words: str) -> Host:
         self.process = self.spawn(*words)

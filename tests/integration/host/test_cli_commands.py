@@ -186,13 +186,13 @@ def test_a_machine_moves_by_the_words_of_the_readme(real_host: Host, base: Path)
         outcome = objects(done.stdout)[-1]
         assert outcome["verified"] == {"ram": True, "devices": True}
         back = f"unix:{real_host.directory}/accept.sock"
-        for sender, to in (
+        for sender, other in (
             (there, back),
             (real_host, to),
             (there, back),
         ):  # each at once, over what the last one left
             assert state_of(sender) == "running"
-            done = ferry(sender, "migrate", "web1", "--to", to)
+            done = ferry(sender, "migrate", "web1", "--to", other)
             assert done.returncode == 0, done.stderr
         assert (state_of(real_host), state_of(there)) == ("running", None)
         assert ferry(real_host, "stop", "web1").returncode == 0

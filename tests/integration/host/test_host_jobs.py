@@ -155,6 +155,22 @@ def test_a_daemon_that_is_stopped_takes_its_jobs_back_first(running: Host) -> No
     assert state_of(running) == "running"
 
 
+def test_ctrl_c_on_the_terminal_of_a_daemon_is_for_the_daemon_alone(running: Host) -> None:
+    async def begin(client: HostClient) -> str:
+        job = await migrate(client, "exec:cancellable")
+        await until(client, job, "held")
+        return job
+
+    job = run(running, begin)
+    assert running.process is not None
+    os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does: to all of the group in the foreground
+    assert running.process.wait(60) == 0
+    running.start()
+    [*_, outcome] = run(running, lambda client: client.job_events(job))
+    assert outcome["reasons"][0]["reason"] == "cancelled by the user"
+    assert state_of(running) == "running"
+
+
 def test_a_coordinator_that_dies_without_a_word_leaves_an_outcome(running: Host) -> None:
     events = run(running, lambda client: whole(client, "exec:round+die"))
     outcome = events[-1]

@@ -104,7 +104,7 @@ def test_a_command_that_fails_is_quoted_with_its_status(way: str) -> None:
 
 def test_a_command_that_does_not_exist_is_the_shells_complaint() -> None:
     channel = run("no-such-command-here; exec sleep 0")
-    with pytest.raises(ChannelClosed, match="no-such-command-here.*not found"):
+    with pytest.raises(ChannelClosed, match=r"no-such-command-here.*not found"):
         read(channel, 1)
     channel.close()
 

@@ -239,6 +239,9 @@ def test_a_stale_socket_file_is_replaced_but_a_live_one_and_a_plain_file_are_not
 def test_closing_leaves_a_file_that_is_anothers(directory: Path) -> None:
     async def work(_: Listener, __: asyncio.Queue[Arrival]) -> None:
         os.unlink(path)
+        another()
+
+    def another() -> None:
         Path(path).write_text("another's")
 
     path = f"{directory}/s"

@@ -152,18 +152,15 @@ def test_closing_or_aborting_wakes_our_own_reader_and_writer(kind: str, how: str
 @every_kind
 def test_a_peer_that_never_pauses_does_not_starve_other_tasks(kind: str, hosts: Hosts) -> None:
     async def work(ours: ControlStream, theirs: ControlStream) -> None:
-        turns = 0
-
         async def flood() -> None:
             while True:
                 await ours.write(bytes(4096), timeout=10)
                 await theirs.read_exactly(4096, timeout=10)
 
         flooding = asyncio.create_task(flood())
-        for turns in range(1, 101):
+        for _ in range(100):  # without a turn for us this would never end
             await asyncio.sleep(0)
         flooding.cancel()
-        assert turns == 100
 
     talk(kind, hosts, work)
 

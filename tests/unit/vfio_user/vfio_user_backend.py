@@ -1,4 +1,4 @@
-"""A device in memory for tests of the protocol: one region that keeps what is written, one interrupt."""
+"""A device in memory for tests of the protocol: one region that keeps what is written; one interrupt, none, and three."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class MemoryBackend:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.regions = (Area(4096), Area(16, write=False), Area(16, read=False))
-        self.irqs = 1
+        self.irqs = (1, 0, 3)
+        self.pci = False
         self.bytes = [bytearray(area.size) for area in self.regions]
         self.windows: dict[int, int] = {}
-        self.eventfd: int | None = None
-        self.triggered = 0
+        self.eventfds: dict[tuple[int, int], int] = {}
+        self.triggered: list[tuple[int, int]] = []
         self.resets = 0
         self.refuse = 0
 
@@ -54,13 +55,14 @@ class MemoryBackend:
     def dma_unmap(self, address: int, size: int) -> None:
         assert self.windows.pop(address) == size
 
-    def connect_irq(self, index: int, eventfd: int | None) -> None:
-        if self.eventfd is not None:
-            os.close(self.eventfd)
-        self.eventfd = eventfd
+    def connect_irq(self, index: int, number: int, eventfd: int | None) -> None:
+        if (index, number) in self.eventfds:
+            os.close(self.eventfds.pop((index, number)))
+        if eventfd is not None:
+            self.eventfds[index, number] = eventfd
 
-    def trigger_irq(self, index: int) -> None:
-        self.triggered += 1
+    def trigger_irq(self, index: int, number: int) -> None:
+        self.triggered.append((index, number))
 
     def reset(self) -> None:
         self._check()

@@ -93,14 +93,18 @@ def test_a_reply_in_place_of_a_command_is_refused(talk: Talk) -> None:
 
 def test_the_device_is_described(talk: Talk) -> None:
     info = talk.ask(Command.DEVICE_GET_INFO, m.DeviceInfo().encode())
-    assert m.DeviceInfo.decode(info) == m.DeviceInfo(m.DeviceFlags.RESET, 3, 1)  # type: ignore[arg-type]
+    assert m.DeviceInfo.decode(info) == m.DeviceInfo(m.DeviceFlags.RESET, 3, 3)  # type: ignore[arg-type]
     for index, flags, size in ((0, 3, 4096), (1, 1, 16), (2, 2, 16)):
         region = talk.ask(Command.DEVICE_GET_REGION_INFO, m.RegionInfo(index).encode())
         assert m.RegionInfo.decode(region) == m.RegionInfo(index, flags, 0, size, 0)  # type: ignore[arg-type]
-    irq = talk.ask(Command.DEVICE_GET_IRQ_INFO, m.IrqInfo(0).encode())
-    assert m.IrqInfo.decode(irq) == m.IrqInfo(0, m.IrqFlags.EVENTFD, 1)  # type: ignore[arg-type]
+    for index, flags, count in ((0, m.IrqFlags.EVENTFD, 1), (1, 0, 0), (2, m.IrqFlags.EVENTFD, 3)):
+        irq = talk.ask(Command.DEVICE_GET_IRQ_INFO, m.IrqInfo(index).encode())
+        assert m.IrqInfo.decode(irq) == m.IrqInfo(index, flags, count)  # type: ignore[arg-type]
     assert talk.ask(Command.DEVICE_GET_REGION_INFO, m.RegionInfo(3).encode()) == errno.EINVAL
-    assert talk.ask(Command.DEVICE_GET_IRQ_INFO, m.IrqInfo(1).encode()) == errno.EINVAL
+    assert talk.ask(Command.DEVICE_GET_IRQ_INFO, m.IrqInfo(3).encode()) == errno.EINVAL
+    talk.backend.pci = True
+    info = talk.ask(Command.DEVICE_GET_INFO, m.DeviceInfo().encode())
+    assert m.DeviceInfo.decode(info).flags == m.DeviceFlags.RESET | m.DeviceFlags.PCI  # type: ignore[arg-type]
 
 
 def test_a_region_keeps_what_is_written(talk: Talk) -> None:
@@ -179,19 +183,40 @@ def test_an_interrupt_can_be_connected_raised_and_disconnected(talk: Talk) -> No
 
     none, boolean, eventfd, trigger = 1, 2, 4, 32
     assert set_irqs(eventfd | trigger, fds=[os.eventfd(0)]) == b""
-    first = talk.backend.eventfd
-    assert first is not None
+    assert list(talk.backend.eventfds) == [(0, 0)]
     assert set_irqs(none | trigger) == set_irqs(boolean | trigger, data=b"\1") == b""
-    assert talk.backend.triggered == 2
+    assert talk.backend.triggered == [(0, 0)] * 2
     assert set_irqs(boolean | trigger, data=b"\0") == b""
-    assert talk.backend.triggered == 2
+    assert talk.backend.triggered == [(0, 0)] * 2
     assert set_irqs(none | trigger, count=0) == b""
-    assert talk.backend.eventfd is None
+    assert not talk.backend.eventfds
     assert set_irqs(none | trigger, count=2) == errno.EINVAL
     assert set_irqs(none | 8) == errno.EINVAL  # MASK
     assert set_irqs(eventfd | trigger, fds=[os.eventfd(0), os.eventfd(0)]) == errno.EINVAL
     other = m.IrqSet(none | trigger, 1, 0, 1).encode()
     assert talk.ask(Command.DEVICE_SET_IRQS, other) == errno.EINVAL
+
+
+def test_interrupts_of_one_index_are_named_by_range_and_each_has_an_eventfd_of_its_own(talk: Talk) -> None:
+    def set_irqs(
+        flags: int, start: int, count: int, data: bytes = b"", fds: list[int] | None = None, index: int = 2
+    ) -> bytes | int:
+        return talk.ask(Command.DEVICE_SET_IRQS, m.IrqSet(flags, index, start, count, data).encode(), fds)
+
+    none, boolean, eventfd, trigger = 1, 2, 4, 32
+    given = [os.eventfd(0) for _ in range(3)]
+    assert set_irqs(eventfd | trigger, 1, 2, fds=given[:2]) == b""
+    assert set_irqs(eventfd | trigger, 0, 1, fds=given[2:]) == b""
+    assert talk.backend.eventfds == {(2, 1): given[0], (2, 2): given[1], (2, 0): given[2]}
+    assert set_irqs(boolean | trigger, 0, 3, b"\1\0\1") == set_irqs(none | trigger, 1, 2) == b""
+    assert talk.backend.triggered == [(2, 0), (2, 2), (2, 1), (2, 2)]
+    assert set_irqs(eventfd | trigger, 1, 1) == b""
+    assert sorted(talk.backend.eventfds) == [(2, 0), (2, 2)]
+    assert set_irqs(eventfd | trigger, 0, 3, fds=[os.eventfd(0)]) == errno.EINVAL
+    for start, count, index in ((3, 1, 2), (1, 3, 2), (0, 1, 1)):
+        assert set_irqs(none | trigger, start, count, index=index) == errno.EINVAL
+    assert set_irqs(none | trigger, 0, 0) == b""
+    assert not talk.backend.eventfds
 
 
 def test_a_client_that_goes_leaves_no_window_and_no_eventfd_but_the_devices_state() -> None:
@@ -201,7 +226,7 @@ def test_a_client_that_goes_leaves_no_window_and_no_eventfd_but_the_devices_stat
     talk.ask(Command.REGION_WRITE, m.ACCESS.pack(0, 0, 1) + b"x")
     talk.session.close()
     assert talk.backend.windows == {}
-    assert talk.backend.eventfd is None
+    assert not talk.backend.eventfds
     assert talk.backend.bytes[0][0] == ord("x")
     assert talk.backend.resets == 0
 

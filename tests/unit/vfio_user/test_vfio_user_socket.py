@@ -69,7 +69,7 @@ def test_registers_memory_and_interrupts_cross_the_socket(serving: Serving) -> N
     memory, eventfd = os.memfd_create("x"), os.eventfd(0)
     with serving.client() as client:
         assert client.server == v.OURS
-        assert client.info() == m.DeviceInfo(m.DeviceFlags.RESET, 3, 1)
+        assert client.info() == m.DeviceInfo(m.DeviceFlags.RESET, 3, 3)
         assert client.region_info(0).size == 4096
         assert client.irq_info(0).count == 1
         client.region_write(0, 8, 4, 0x11223344)
@@ -79,15 +79,14 @@ def test_registers_memory_and_interrupts_cross_the_socket(serving: Serving) -> N
         assert serving.backend.windows == {0x100000: 0x2000}
         client.dma_unmap(0x100000, 0x2000)
         client.set_irq_eventfd(0, eventfd)
-        assert serving.backend.eventfd is not None
-        os.eventfd_write(serving.backend.eventfd, 5)
+        os.eventfd_write(serving.backend.eventfds[0, 0], 5)
         assert os.eventfd_read(eventfd) == 5
         client.trigger_irq(0)
-        assert serving.backend.triggered == 1
+        assert serving.backend.triggered == [(0, 0)]
         client.reset()
         assert serving.backend.resets == 1
         client.set_irq_eventfd(0, None)
-        assert serving.backend.eventfd is None
+        assert not serving.backend.eventfds
     os.close(memory)
     os.close(eventfd)
 
@@ -126,7 +125,7 @@ def test_a_client_that_vanishes_is_followed_by_the_next_and_the_state_is_kept(se
     first._socket.close()  # as if it had been killed
     with serving.client() as second:
         assert serving.backend.windows == {}
-        assert serving.backend.eventfd is None
+        assert not serving.backend.eventfds
         assert second.region_read(0, 0, 8) == 0xABCDEF
         second.dma_map(0, 4096, memory)
     os.close(memory)

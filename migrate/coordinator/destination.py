@@ -7,7 +7,6 @@ It holds nothing that could not be lost: until READY the incoming machine dies w
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import secrets
@@ -21,6 +20,7 @@ import numpy as np
 from migrate import __version__
 from migrate.bus import Bus
 from migrate.coordinator import disks, preflight
+from migrate.coordinator.arrival import PATIENCE, Arrival
 from migrate.coordinator.dialling import credentials_of
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.link import Link, PeerRejected
@@ -41,12 +41,8 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 16
 HANDSHAKE_SECONDS = 15.0
 JOIN_SECONDS = 20.0
-#: A source between two messages of pre-copy; its pings tell of its life, so this bounds only a confused one.
-PATIENCE = 3600.0
-ROUND_SECONDS = 600.0
 #: Between READY and COMMIT the source may verify all of memory.
 COMMIT_SECONDS = 900.0
-BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +86,9 @@ class DestinationMigration:
         self._memory: GuestMemory | None = None
         self._pages: PageReceiver | None = None
         self._manifest: m.Manifest | None = None
-        self._blobs: dict[str, bytes] = {}
-        self._staging: list[
-            asyncio.Future[None]
-        ] = []  #: participants validating their blobs, as these come in
+        self._arrival: Arrival | None = None
         self._token = secrets.token_bytes(32)
         self._phase = Phase.PREFLIGHT
-        self._load_began = 0  #: monotonic ns of the first blob's arrival
         self._begun = False
         self._ready = False
         self._committing = False
@@ -221,8 +213,8 @@ class DestinationMigration:
         else:
             await link.during(asyncio.wait_for(self._join(start.connections), JOIN_SECONDS))
         await link.send(m.Started())
-        stopped = await self._rounds()
-        return await self._load(stopped)
+        self._arrival = Arrival(parts, link, self._memory, self._pages, self._versions, self.emit, self.hold)
+        return await self._load(self._arrival, await self._arrival.rounds())
 
     def _prefault(self, start: m.Start) -> None:
         assert self._memory is not None and self._pages is not None
@@ -270,100 +262,26 @@ class DestinationMigration:
             raise RemoteProtocolError("page frames came in line, which was not agreed", phase=Phase.PRECOPY)
         await self._sink(header, body)
 
-    async def _rounds(self) -> m.Stopped:
-        """Everything up to STOPPED."""
-        link, parts, pages = self._link, self._parts, self._pages
-        assert link is not None and parts is not None and pages is not None
-        while True:
-            message = await link.receive(timeout=PATIENCE)
-            if isinstance(message, m.Round):
-                await link.during(asyncio.wait_for(pages.round_ended(message.n), ROUND_SECONDS))
-                await link.send(m.RoundDone(message.n))
-                self.emit({"event": "round", "n": message.n, "pages": message.pages})
-                await self.hold.at(f"round:{message.n}")
-            elif isinstance(message, m.Chunk):
-                self._require_device(message.device)
-                await parts.write_chunk(message.device, message.data)
-            elif isinstance(message, m.Rehearse):
-                await self._rehearse(message)
-            elif isinstance(message, m.State):
-                if self._phase is not Phase.LOAD:
-                    self._phase, self._load_began = Phase.LOAD, time.monotonic_ns()
-                self._require_device(message.device)
-                self._blobs[message.device] = message.blob
-                self._staging.append(asyncio.ensure_future(parts.stage(message.device, message.blob)))
-            elif isinstance(message, m.Stopped):
-                return message
-            else:
-                raise RemoteProtocolError(f"{message.name} during pre-copy", phase=Phase.PRECOPY)
-
-    def _require_device(self, device: str) -> None:
-        assert self._parts is not None
-        if device not in self._parts.by_id:
-            raise RemoteProtocolError(
-                f"state came for {device[:40]!r}, which is not in the manifest", phase=Phase.LOAD
-            )
-
-    async def _rehearse(self, message: m.Rehearse) -> None:
-        assert self._link is not None and self._parts is not None
-        for device in message.blobs:
-            self._require_device(device)
-        times, reasons = await self._parts.check(message.blobs)
-        # Applying comes on top of checking; what it costs is seen at READY, so the check is counted twice.
-        loads = {name: 2 * ns for name, ns in times.devices.items()}
-        await self._link.send(m.Rehearsed(loads, int(self._parts.description["sync_ns"]), tuple(reasons)))
-
     # -- the stop ------------------------------------------------------------------------------------------------------------
 
-    async def _load(self, stopped: m.Stopped) -> dict[str, Any]:
-        """Validate all, apply all, say READY; then COMMIT, COMMITTED, RUNNING."""
-        link, parts, pages = self._link, self._parts, self._pages
-        assert link is not None and parts is not None and pages is not None and self._manifest is not None
+    async def _load(self, arrival: Arrival, stopped: m.Stopped) -> dict[str, Any]:
+        """Have all validated and applied, say READY; then COMMIT, COMMITTED, RUNNING."""
+        assert self._manifest is not None
         self._enter(Phase.LOAD)
         await self.hold.at("loading")
-        digests = await link.during(asyncio.wait_for(pages.round_ended(stopped.n), ROUND_SECONDS))
-        check_arrival(stopped, digests, self._blobs, list(parts.by_id))
-        await link.during(self._all_staged())  # all are valid before one is applied
-        times = await link.during(parts.apply(self._blobs))
-        await parts.supervisor.ready(self._manifest.job)
+        times = await arrival.load(stopped)
+        await arrival.parts.supervisor.ready(self._manifest.job)
         self._ready = True
-        await link.send(m.Ready(times.devices, time.monotonic_ns() - self._load_began))
+        await arrival.link.send(m.Ready(times.devices, time.monotonic_ns() - arrival.began))
         self.emit({"event": "phase", "phase": "ready"})
-        await pages.close()  # no page is written any more, whatever a source may still send
+        await arrival.pages.close()  # no page is written any more, whatever a source may still send
         await self.hold.at("ready")
         while True:
-            message = await link.receive(timeout=COMMIT_SECONDS)
+            message = await arrival.link.receive(timeout=COMMIT_SECONDS)
             if isinstance(message, m.Verify):
-                await link.send(await self._verify(message))
+                await arrival.link.send(await arrival.verify(message))
             elif isinstance(message, m.Commit):
                 return await self._commit(message)
-
-    async def _all_staged(self) -> None:
-        """:raises FerryError: the first participant's refusal, once all have answered."""
-        results = await asyncio.gather(*self._staging, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def _verify(self, message: m.Verify) -> m.Verified:
-        """Compare the source's digests with ours, and what its devices saved with what ours save before they run."""
-        assert self._memory is not None and self._parts is not None
-        mine, prints, (saved, _) = await asyncio.gather(
-            asyncio.to_thread(self._memory.digest_blocks, BLOCK),
-            self._parts.fingerprints(),
-            self._parts.save(self._versions, phase=Phase.LOAD),
-        )
-        theirs = [message.blocks[low : low + 32] for low in range(0, len(message.blocks), 32)]
-        differing = [
-            index for index, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]
-        ]
-        count = len(differing) + abs(len(mine) - len(theirs))
-        devices = [
-            name
-            for name in self._parts.by_id
-            if saved.get(name) != self._blobs.get(name) or prints.get(name) != message.devices.get(name)
-        ]
-        return m.Verified(count, tuple(differing[:16]), tuple(devices))
 
     async def _commit(self, message: m.Commit) -> dict[str, Any]:
         link, parts, manifest = self._link, self._parts, self._manifest
@@ -450,9 +368,8 @@ class DestinationMigration:
             self._memory = None
 
     async def _clean_up(self) -> None:
-        for staging in self._staging:
-            staging.cancel()
-        await asyncio.gather(*self._staging, return_exceptions=True)
+        if self._arrival is not None:
+            await self._arrival.close()
         if self._link is not None:
             await self._link.close()
         await self._release_memory()
@@ -484,24 +401,3 @@ def read_join(recv_into: Any) -> m.Join:
     if not isinstance(message, m.Join):
         raise RemoteProtocolError(f"a page channel began with {message.name}", phase=Phase.PRECOPY)
     return message
-
-
-def check_arrival(
-    stopped: m.Stopped, digests: tuple[bytes, ...], blobs: dict[str, bytes], devices: list[str]
-) -> None:
-    """Is what came what was sent?
-
-    :raises RemoteProtocolError: naming the channel or the device that differs.
-    """
-    remedy = "the link damages data, or the peer is not vmferry; nothing was lost"
-    if digests != stopped.channels:
-        raise RemoteProtocolError("the last pages arrived damaged", phase=Phase.LOAD, remedy=remedy)
-    for device in devices:
-        if device not in blobs:
-            raise RemoteProtocolError(
-                "its state did not come", phase=Phase.LOAD, device=device, remedy=remedy
-            )
-        if stopped.blobs.get(device) != hashlib.sha256(blobs[device]).digest():
-            raise RemoteProtocolError(
-                "its state arrived damaged", phase=Phase.LOAD, device=device, remedy=remedy
-            )

@@ -78,16 +78,19 @@ class Machines:
         return machine
 
     async def describe(self) -> list[dict[str, Any]]:
-        """What every supervisor says of itself; one that does not answer in time is `unknown`, with the reason."""
+        """What every supervisor says of itself, but for those that are being taken down.
+
+        One that does not answer in time is `unknown`, with the reason.
+        """
 
         async def one(machine: Machine) -> dict[str, Any] | None:
             try:
                 found = await machine.supervisor.describe()
             except FerryError as error:
                 if machine.state == S.ENDED or await machine.process.wait(LOOK_AGAIN_SECONDS):
-                    return None  # it is being taken down
+                    return None
                 found = {"name": machine.name, "state": "unknown", "detail": str(error)}
-            return {**found, "pid": machine.process.pid}
+            return {**found, "pid": machine.process.pid} if found["state"] != S.ENDED else None
 
         found = await asyncio.gather(*(one(machine) for machine in self._machines.values()))
         return [machine for machine in found if machine is not None]

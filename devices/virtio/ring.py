@@ -19,6 +19,8 @@ from typing import Any, Final, NamedTuple, Protocol
 from migrate.errors import DeviceError, MemoryFault, Phase
 
 Buffer = bytes | bytearray | memoryview
+#: Descriptor by index, from a table of its own.
+_Reader = Callable[[int], tuple[int, ...]]
 
 _DESCRIPTOR: Final = struct.Struct("<QIHH")
 _USED: Final = struct.Struct("<II")
@@ -94,6 +96,8 @@ class SplitQueue:
         self.in_flight: dict[int, None] = {}
         #: The used index when the driver was last considered for an interrupt. None: nobody knows, so it gets one.
         self._signalled: int | None = None
+        #: Whether the driver was told not to notify. None: what it was told is not known.
+        self._deaf: bool | None = None
 
     def configure(self, *, event_idx: bool, indirect: bool) -> None:
         """What was negotiated."""
@@ -108,7 +112,9 @@ class SplitQueue:
         if not waiting:
             return None
         if waiting > self.size:
-            raise DriverFault(f"the available index went from {self.taken} to {index} in a ring of {self.size}")
+            raise DriverFault(
+                f"the available index went from {self.taken} to {index} in a ring of {self.size}"
+            )
         head = self._load(self.available + 4 + 2 * (self.taken % self.size))
         if head in self.in_flight:
             raise DriverFault(f"descriptor {head} was made available twice")
@@ -121,13 +127,16 @@ class SplitQueue:
         """The request that begins with this descriptor; also to take one up again that is in flight."""
         readable: list[Segment] = []
         writable: list[Segment] = []
-        reader, count, index, direct = self._direct, self.size, head, True
+        reader: _Reader = self._direct
+        count, index, direct = self.size, head, True
         left, total = count, 0
         while True:
             if index >= count:
                 raise DriverFault(f"descriptor {index} does not exist, the table has {count}")
             if not left:
-                raise DriverFault(f"the chain of descriptor {head} has more than {count} descriptors: it loops")
+                raise DriverFault(
+                    f"the chain of descriptor {head} has more than {count} descriptors: it loops"
+                )
             left -= 1
             address, length, flags, following = reader(index)
             if flags & _INDIRECT:
@@ -153,7 +162,7 @@ class SplitQueue:
         address = self.descriptors + _DESCRIPTOR.size * index
         return _DESCRIPTOR.unpack(self._read(address, _DESCRIPTOR.size))
 
-    def _table(self, address: int, length: int) -> tuple[Callable[[int], tuple[int, ...]], int]:
+    def _table(self, address: int, length: int) -> tuple[_Reader, int]:
         count, rest = divmod(length, _DESCRIPTOR.size)
         if rest or not 0 < count <= MAX_CHAIN:
             raise DriverFault(f"an indirect table of {length} bytes; 16 to {16 * MAX_CHAIN} are possible")
@@ -191,15 +200,17 @@ class SplitQueue:
         """From now on the driver notifies. True: something came before it could know that, so look again."""
         if self.event_idx:
             self._store(self.used + 4 + _USED.size * self.size, self.taken)
-        else:
+        elif self._deaf is not False:
             self._store(self.used, 0)
+        self._deaf = False
         _fence()
         return self._load(self.available + 2) != self.taken
 
     def be_deaf(self) -> None:
         """While we look by ourselves, the driver need not notify. With event_idx it knows by the index it was told."""
-        if not self.event_idx:
+        if not self.event_idx and not self._deaf:
             self._store(self.used, _USED_NO_NOTIFY)
+        self._deaf = True
 
     # -- memory ---------------------------------------------------------------------------------------------------------------
 

@@ -107,7 +107,11 @@ class PrivateBus:
             self._config.write_text(_CONFIG.format(listen=escape(self.address)), encoding="utf-8")
             with self._log.open("wb") as log:
                 self._process = await asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=log,
+                    process_group=0,  # Ctrl-C on our terminal is for us
                 )
         except OSError as error:
             raise BusError(f"the bus at {self.socket} cannot be started: {error}") from error

@@ -36,11 +36,12 @@ class Arrival:
     versions: dict[str, int]  #: what was agreed that the source writes, by participant
     emit: Emit
     hold: Hold
-    began: int = 0  #: monotonic ns of the first blob's arrival
+    began: int = 0  #: monotonic ns of STOPPED's arrival; what was staged before that cost the source no time
     _blobs: dict[str, bytes] = field(default_factory=dict)
     _staging: list[asyncio.Future[None]] = field(
         default_factory=list
     )  #: participants that validate their blobs
+    _writing: asyncio.Future[None] | None = None  #: the last chunk, on its way into its device
 
     async def rounds(self) -> m.Stopped:
         """Everything up to STOPPED."""
@@ -48,22 +49,24 @@ class Arrival:
             message = await self.link.receive(timeout=PATIENCE)
             if isinstance(message, m.Round):
                 await self.link.during(asyncio.wait_for(self.pages.round_ended(message.n), ROUND_SECONDS))
+                await self._chunk_written()
                 await self.link.send(m.RoundDone(message.n))
                 self.emit({"event": "round", "n": message.n, "pages": message.pages})
                 await self.hold.at(f"round:{message.n}")
             elif isinstance(message, m.Chunk):
                 self._require_device(message.device)
-                await self.parts.write_chunk(message.device, message.data)
+                await self._chunk_written()  # one at a time: what is held is bounded
+                self._writing = asyncio.ensure_future(self.parts.write_chunk(message.device, message.data))
             elif isinstance(message, m.Rehearse):
                 await self._rehearse(message)
             elif isinstance(message, m.State):
-                self.began = self.began or time.monotonic_ns()
                 self._require_device(message.device)
                 if message.device in self._blobs:
                     raise RemoteProtocolError("its state came twice", phase=Phase.LOAD, device=message.device)
                 self._blobs[message.device] = message.blob
                 self._staging.append(asyncio.ensure_future(self.parts.stage(message.device, message.blob)))
             elif isinstance(message, m.Stopped):
+                self.began = time.monotonic_ns()
                 return message
             else:
                 raise RemoteProtocolError(f"{message.name} during pre-copy", phase=Phase.PRECOPY)
@@ -92,8 +95,14 @@ class Arrival:
         await self.link.during(self._all_staged())  # all are valid before one is applied
         return await self.link.during(self.parts.apply(self._blobs))
 
+    async def _chunk_written(self) -> None:
+        """:raises FerryError: the device's, that refuses it."""
+        if self._writing is not None:
+            await self._writing
+
     async def _all_staged(self) -> None:
         """:raises FerryError: the first participant's refusal, once all have answered."""
+        await self._chunk_written()
         results = await asyncio.gather(*self._staging, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -120,9 +129,10 @@ class Arrival:
 
     async def close(self) -> None:
         """Nothing of this is wanted any more."""
-        for staging in self._staging:
-            staging.cancel()
-        await asyncio.gather(*self._staging, return_exceptions=True)
+        waited = [*self._staging, *([self._writing] if self._writing else [])]
+        for each in waited:
+            each.cancel()
+        await asyncio.gather(*waited, return_exceptions=True)
 
 
 def check_arrival(

@@ -142,6 +142,7 @@ class DestinationMigration:
             await link.send(m.Refuse(tuple(reasons)))
             raise IncompatibleError(reasons)
         if first.check_only:
+            await link.send(m.Accept(self._token, self._versions, MAX_CONNECTIONS))
             await link.expect(m.Bye, timeout=HANDSHAKE_SECONDS)
             await self._discard("only a check was asked for")
             return {"outcome": "checked", "running_on": "source", "exit_code": 0}
@@ -274,10 +275,11 @@ class DestinationMigration:
         self._ready = True
         await arrival.link.send(m.Ready(times.devices, time.monotonic_ns() - arrival.began))
         self.emit({"event": "phase", "phase": "ready"})
-        await arrival.pages.close()  # no page is written any more, whatever a source may still send
+        closing = asyncio.ensure_future(arrival.pages.close())
         await self.hold.at("ready")
         while True:
             message = await arrival.link.receive(timeout=COMMIT_SECONDS)
+            await closing  # no page is written any more, whatever a source may still send
             if isinstance(message, m.Verify):
                 await arrival.link.send(await arrival.verify(message))
             elif isinstance(message, m.Commit):

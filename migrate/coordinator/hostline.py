@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from migrate.errors import BusError, ChannelClosed, FerryError, Phase, Reason, UsageError
 from migrate.machine import hostconfig
 from migrate.transport import preamble
+from migrate.transport.descriptors import receive_fds
 
 MAX_PACKET = 256 << 10
 MAX_DESCRIPTORS = 4
@@ -39,13 +39,11 @@ class HostLine:
 
     def _readable(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, MAX_PACKET, MAX_DESCRIPTORS)
+            data, descriptors, _ = receive_fds(self._socket, MAX_PACKET, MAX_DESCRIPTORS)
         except BlockingIOError:
             return
         except OSError:
             data, descriptors = b"", []
-        for fd in descriptors:
-            os.set_inheritable(fd, False)
         if not data:  # the daemon has gone; what goes on needs it no more, what would need it is told
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._answers.put_nowait(

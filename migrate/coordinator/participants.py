@@ -185,8 +185,11 @@ class Participants:
             if member.info.opaque:
                 await member.client.load(blobs[member.id], phase=Phase.LOAD)
             else:
-                await member.client.apply(phase=Phase.LOAD)
-                await member.client.set_state(DeviceState.STOP, phase=Phase.LOAD)
+                # Not waited for between the two: calls reach a participant in order, and without a state STOP is refused.
+                await asyncio.gather(
+                    member.client.apply(phase=Phase.LOAD),
+                    member.client.set_state(DeviceState.STOP, phase=Phase.LOAD),
+                )
 
         return await self._timed(self.members, one)
 

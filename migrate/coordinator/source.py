@@ -117,6 +117,7 @@ class SourceMigration:
         self._begun = False
         self._committing = False
         self._epoch = 0
+        self._heard_at = 0  #: monotonic ns of RUNNING: the end of the downtime
         self._task: asyncio.Task[Any] | None = None
         self._guest_ended: GuestEnded | None = None
 
@@ -292,7 +293,7 @@ class SourceMigration:
         (blobs, saves), sent = await link.during(transfer.last_pass(number, dirty))
         self._blobs = blobs
         saved = time.monotonic_ns()
-        await transfer.send_states(number, blobs, sent)
+        await link.send(preflight.stopped(number, sent, blobs))
         sent_at = time.monotonic_ns()
         self._enter(Phase.LOAD)
         await self.hold.at("stopped")
@@ -304,7 +305,7 @@ class SourceMigration:
         running = await self._hand_over(parts, link, agreed, committed, paused=stopping["paused"])
         if running is None:
             return
-        total = (time.monotonic_ns() - began - verified_ns) / 1e6
+        total = (self._heard_at - began - verified_ns) / 1e6
         downtime = Downtime(
             stop=(quiesced - began) / 1e6,
             pages=max(0, saved - quiesced - saves.total_ns) / 1e6,
@@ -359,10 +360,10 @@ class SourceMigration:
             self._finish("aborted", "source", 1)
             return None
         assert isinstance(answer, m.Running)
-        heard = answer
+        self._heard_at = time.monotonic_ns()
         self._finish("completed", "destination", 0)
         await parts.supervisor.peer_said(spec.job, self._epoch, "running", "[]")
-        return heard
+        return answer
 
     async def _doubt(self, parts: Participants, agreed: Agreed, error: FerryError) -> None:
         """COMMIT is written and the peer is silent: ask again, and say so."""

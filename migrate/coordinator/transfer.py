@@ -9,7 +9,6 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from migrate.coordinator import preflight
 from migrate.coordinator.convergence import Convergence, Verdict
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.link import Link, PeerRejected
@@ -146,24 +145,27 @@ class Transfer:
     # -- the last pass -----------------------------------------------------------------------------------------------------
 
     async def last_pass(self, number: int, dirty: DirtyBitmap) -> tuple[tuple[dict[str, bytes], Times], Sent]:
-        """The last pages, chunks and blobs, of a machine that stands still."""
-        saving = asyncio.ensure_future(self.parts.save(self.versions, phase=Phase.SAVE))
+        """The last pages, chunks and blobs of a machine that stands still; each goes as soon as it is there, then STOPPED."""
         start = time.monotonic()
+        work = [
+            asyncio.ensure_future(self._last_pages(number, dirty)),
+            asyncio.ensure_future(self._send_chunks({}, Phase.SAVE)),
+        ]
         try:
-            await self._collect(dirty, Phase.SAVE)
-            sent = await self.sender.send_round(number, dirty, last=True)
-            await self._send_chunks({}, Phase.SAVE)
-            saved = await saving
+            saved = await self.parts.save(self.versions, phase=Phase.SAVE)
+            for device, blob in saved[0].items():
+                await self.link.send(m.State(device, blob))
+            sent, _ = await asyncio.gather(*work)
         finally:
-            saving.cancel()
-            await asyncio.gather(saving, return_exceptions=True)
+            for part in work:
+                part.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
         self._account(RoundStats(number, sent.pages, sent.size, time.monotonic() - start, 0.0), sent)
         return saved, sent
 
-    async def send_states(self, number: int, blobs: dict[str, bytes], sent: Sent) -> None:
-        for device, blob in blobs.items():
-            await self.link.send(m.State(device, blob))
-        await self.link.send(preflight.stopped(number, sent, blobs))
+    async def _last_pages(self, number: int, dirty: DirtyBitmap) -> Sent:
+        await self._collect(dirty, Phase.SAVE)
+        return await self.sender.send_round(number, dirty, last=True)
 
     async def verify(self) -> int:
         """Compare all of both memories and all device state while both are stopped. Answers with the ns it took."""

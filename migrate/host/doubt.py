@@ -15,7 +15,7 @@ from migrate.errors import FerryError, LedgerError, Phase, UsageError
 from migrate.host.jobs import Job, Jobs, Kind
 from migrate.host.machines import Machines
 from migrate.machine import ledger
-from migrate.machine.ledger import Entry, Ledger, Record, Verdict
+from migrate.machine.ledger import Entry, Ledger, Record
 from migrate.machine.states import MachineState
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,8 @@ class Doubt:
         machine = self._machines.get(name)
         if machine is not None and machine.state != _S.IN_DOUBT:
             return None
-        records = ledger.read(self._machines.host.directory, name)
-        return records[-1] if ledger.verdict_of(records) is Verdict.IN_DOUBT else None
+        found = ledger.decisive(ledger.read(self._machines.host.directory, name))
+        return found if found is not None and found.entry is Entry.COMMIT else None
 
     def ask(self, name: str) -> Job:
         """Start a coordinator that asks for ever, or find the one that does.
@@ -175,8 +175,12 @@ class Doubt:
 def answer_of_ledger(host: Machines, machine: str, job: str, epoch: int) -> str:
     """What a host says of a job of which no supervisor is left: `running`, `committed`, or `aborted`, which is written first.
 
+    `unknown` where the ledger has never heard of the job: nobody asks before its INCOMING was synced, so some of it is lost.
+
     :raises LedgerError: if its supervisor holds the ledger after all, or it cannot be written.
     """
+    if not ledger.heard_of(ledger.read(host.host.directory, machine), job, epoch):
+        return "unknown"
     written = Ledger(host.host.directory, machine)
     try:
         if written.said(Entry.COMMITTED, job, epoch):

@@ -5,7 +5,6 @@ The coordinator faces the network, so what comes from it is bounded and checked;
 
 from __future__ import annotations
 
-import array
 import asyncio
 import json
 import os
@@ -14,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from migrate.errors import LocalProtocolError, RemoteProtocolError, TransportError
+from migrate.transport.descriptors import receive_fds
 
 MAX_PACKET: Final = 128 << 10
 MAX_FDS: Final = 8
-_INT: Final = array.array("i").itemsize
 
 
 class Packets:
@@ -86,16 +85,6 @@ class Packets:
 
     def close(self) -> None:
         self._sock.close()
-
-
-def receive_fds(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
-    """One message with its descriptors, close-on-exec, and recvmsg's flags. (socket.recv_fds ignores the flags it is given.)"""
-    data, ancillary, flags, _ = sock.recvmsg(size, socket.CMSG_LEN(most * _INT), socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(content[: len(content) // _INT * _INT])
-    return data, list(fds), flags
 
 
 def close_all(fds: Sequence[int]) -> None:

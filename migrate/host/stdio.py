@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from migrate.errors import FerryError, RemoteProtocolError, UsageError
-from migrate.host.packets import close_all, receive_fds
+from migrate.host.packets import close_all
 from migrate.transport import preamble
+from migrate.transport.descriptors import receive_fds
 from migrate.transport.sockets import describe_peer
 
 log = logging.getLogger(__name__)

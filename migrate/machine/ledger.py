@@ -5,11 +5,13 @@ Only the machine's supervisor writes it (an exclusive lock says so); where there
 an Ask takes the lock instead. A torn last line (power lost while writing) was never answered for and is cut.
 
 Each host has an *incarnation*, a random name made with its directory: a ledger that was wiped has another one, and then the
-answer is `unknown`, never `aborted`.
+answer is `unknown`, never `aborted`. So it is for a job that the ledger has never heard of: a source asks after COMMIT only, and
+by then its INCOMING was synced here.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from migrate.errors import LedgerError, Phase
+from migrate.machine.config import NAME
 
 
 class Entry(StrEnum):
@@ -62,6 +65,8 @@ VERDICTS: Final[dict[Entry, Verdict]] = {
     Entry.COMMITTED: Verdict.COMMITTED,
     Entry.ABORTED: Verdict.ABORTED,
 }
+#: A machine that arrives and is not committed changes nothing about who had it before.
+ARRIVALS: Final = frozenset({Entry.INCOMING, Entry.READY, Entry.ABORTED})
 #: entry → the entries of the same job that must not be there already. Whoever breaks this loses a machine.
 FORBIDDEN: Final[dict[Entry, frozenset[Entry]]] = {
     Entry.COMMIT: frozenset({Entry.RESUMED, Entry.RELEASED, Entry.COMMIT}),
@@ -130,7 +135,8 @@ class Ledger:
 
         :raises LedgerError: if another process holds it, or it cannot be read.
         """
-        self.path = directory / "ledger" / f"{machine}.jsonl"
+        self.path = _path_of(directory, machine)
+        self._broken = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -147,21 +153,24 @@ class Ledger:
                 f"another process holds the ledger of {machine}",
                 remedy="its supervisor is alive: see `ferry list`",
             ) from None
-        _sync(self.path.parent)
-        self.records = list(_parse(self._read(), self.path))
-        whole = sum(len(record_line) for record_line in self._whole_lines())
-        os.ftruncate(self._fd, whole)
+        try:
+            for made in (self.path.parent, directory):
+                _sync(made)
+            data = self._read()
+            self.records = list(_parse(data, self.path))
+            self._size = data.rfind(b"\n") + 1
+            os.ftruncate(self._fd, self._size)
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self) -> bytes:
         return self.path.read_bytes()
 
-    def _whole_lines(self) -> list[bytes]:
-        return [line for line in self._read().splitlines(keepends=True) if line.endswith(b"\n")]
-
     def write(self, entry: Entry, job: str, epoch: int, *, peer: str = "", detail: str = "") -> None:
         """Append and sync; when this returns, the promise survives a power cut.
 
-        :raises LedgerError: if the ledger already says something that forbids it, or the disk fails.
+        :raises LedgerError: if the ledger already says something that forbids it, or the disk fails; nothing is promised then.
         """
         said = {record.entry for record in self.records if record.job == job and record.epoch == epoch}
         against = said & FORBIDDEN.get(entry, frozenset())
@@ -174,16 +183,28 @@ class Ledger:
         record = Record(entry, job, epoch, peer, detail, time.time())
         line = record.to_json().encode() + b"\n"
         try:
+            if self._broken:
+                raise OSError(errno.EIO, "an earlier failure could not be undone")
             if os.write(self._fd, line) != len(line):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, "No space left on device")
             os.fdatasync(self._fd)
         except OSError as error:
+            self._undo()
             raise LedgerError(
                 f"the ledger {self.path} cannot be written: {error.strerror}",
                 phase=Phase.COMMIT,
                 remedy="free space on that disk; nothing was committed",
             ) from None
+        self._size += len(line)
         self.records.append(record)
+
+    def _undo(self) -> None:
+        """What was half written, or not synced, must not be found by the next reader: it was never promised."""
+        try:
+            os.ftruncate(self._fd, self._size)
+            os.fdatasync(self._fd)
+        except OSError:
+            self._broken = True  # nothing is promised on this disk any more
 
     def said(self, entry: Entry, job: str, epoch: int) -> bool:
         return any(r.entry is entry and r.job == job and r.epoch == epoch for r in self.records)
@@ -195,7 +216,8 @@ class Ledger:
         return verdict_of(self.records)
 
     def next_epoch(self) -> int:
-        return max((record.epoch for record in self.records), default=0) + 1
+        """Above every epoch in which the machine was this host's. What only arrived may bear any number that a peer liked."""
+        return max((record.epoch for record in self.records if record.entry not in ARRIVALS), default=0) + 1
 
     def sync_cost_ns(self) -> int:
         """How long one sync of this file takes now, in ns; a commit costs two, one on each side."""
@@ -210,15 +232,38 @@ class Ledger:
 
 
 def verdict_of(records: Iterable[Record]) -> Verdict:
-    last = None
-    for last in records:  # noqa: B007
-        pass
-    return VERDICTS[last.entry] if last else Verdict.NONE
+    deciding = decisive(records)
+    return VERDICTS[deciding.entry] if deciding else Verdict.NONE
+
+
+def decisive(records: Iterable[Record]) -> Record | None:
+    """The record that says whose the machine is: the last, unless that one only tells of an arrival that came to nothing.
+
+    Where the machine has moved away, or is in doubt, that stands until it comes back (COMMITTED), or the doubt ends.
+    """
+    found = None
+    for record in records:
+        gone = found is not None and VERDICTS[found.entry] in (Verdict.IN_DOUBT, Verdict.RELEASED)
+        if not (gone and record.entry in ARRIVALS):
+            found = record
+    return found
+
+
+def heard_of(records: Iterable[Record], job: str, epoch: int) -> bool:
+    """Has this job arrived here?"""
+    return any(r.entry is Entry.INCOMING and r.job == job and r.epoch == epoch for r in records)
+
+
+def _path_of(directory: Path, machine: str) -> Path:
+    """:raises LedgerError: for what is no machine's name: it may come from a peer."""
+    if not NAME.fullmatch(machine):
+        raise LedgerError(f"{machine[:64]!r} is no machine's name", remedy="see `ferry list`")
+    return directory / "ledger" / f"{machine}.jsonl"
 
 
 def read(directory: Path, machine: str) -> list[Record]:
     """A machine's ledger, read only; empty where there is none."""
-    path = directory / "ledger" / f"{machine}.jsonl"
+    path = _path_of(directory, machine)
     try:
         return list(_parse(path.read_bytes(), path))
     except FileNotFoundError:

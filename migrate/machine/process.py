@@ -22,7 +22,7 @@ from migrate.errors import FerryError, Phase, UsageError
 from migrate.machine import hostconfig
 from migrate.machine.children import Child
 from migrate.machine.config import MachineConfig
-from migrate.machine.ledger import Entry, Ledger, Verdict
+from migrate.machine.ledger import Entry, Ledger, Verdict, decisive
 from migrate.machine.roster import Roster
 from migrate.machine.service import SupervisorFace
 from migrate.machine.states import MachineState
@@ -61,7 +61,7 @@ def check_ledger(ledger: Ledger, machine: str, *, incoming: bool, fresh: bool) -
     :raises UsageError: if it is in doubt, or was moved away and nobody said `--fresh`.
     """
     verdict = ledger.verdict()
-    last = ledger.last()
+    last = decisive(ledger.records)
     peer = last.peer if last else ""
     if verdict is Verdict.IN_DOUBT:
         raise UsageError(

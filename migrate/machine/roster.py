@@ -171,12 +171,11 @@ class Roster:
 
         :raises DeviceError: naming the first participant that failed; the others may be anywhere between: call `resume`.
         """
-        copying = {
-            p.config.id
-            for p in self.all()
-            if p.info.streams
-            and (await p.client.info()).state in (DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
-        }
+        copying: set[str] = set()
+
+        async def ask(p: Participant) -> None:
+            if (await p.client.info()).state in (DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P):
+                copying.add(p.config.id)
 
         def p2p(p: Participant) -> DeviceState:
             return DeviceState.PRE_COPY_P2P if p.config.id in copying else DeviceState.RUNNING_P2P
@@ -186,8 +185,12 @@ class Roster:
 
         times = Times()
         start = time.monotonic_ns()
-        if self.vcpu is not None:
-            await self._move([self.vcpu], p2p, times, Phase.STOP)
+        await asyncio.gather(
+            self._move(
+                [self.vcpu] if self.vcpu is not None else [], p2p, times, Phase.STOP
+            ),  # streams nothing
+            self._each((p for p in self.devices() if p.info.streams), ask),
+        )
         await self._move(self.devices(), p2p, times, Phase.STOP)
         await self._move(self.all(), stop, times, Phase.STOP)
         times.total_ns = time.monotonic_ns() - start
@@ -220,6 +223,13 @@ class Roster:
         await self._each(
             (p for p in self.all() if p.info.disks), lambda p: p.client.release_locks(phase=Phase.COMMIT)
         )
+
+    async def halt(self) -> None:
+        """All to STOP from wherever they are, the vCPU first: after a resume that failed half-way."""
+        times = Times()
+        if self.vcpu is not None:
+            await self._move([self.vcpu], lambda _: DeviceState.STOP, times, Phase.STOP)
+        await self._move(self.devices(), lambda _: DeviceState.STOP, times, Phase.STOP)
 
     async def end_migration(self, outcome: str) -> None:
         """Tracking off, and `Finish`; a participant that fails here is logged, for nothing depends on it any more."""

@@ -19,7 +19,7 @@ class SupervisorFace:
         return str(self._it.state)
 
     async def describe(self) -> str:
-        return json.dumps(self._it.describe())
+        return json.dumps(description(self._it))
 
     async def region(self, index: int) -> tuple[int, int, int, int]:
         """:returns: gpa, size, a descriptor that the caller of this method closes, offset."""
@@ -73,3 +73,36 @@ class SupervisorFace:
 
     async def resolve(self, keep: str) -> str:
         return await self._it.resolve(keep)
+
+
+def description(it: Supervisor) -> dict[str, object]:
+    """What a coordinator or a daemon wants to know of a machine."""
+    return {
+        "name": it.machine.name,
+        "state": str(it.state),
+        "detail": it.detail,
+        "regions": [{"gpa": region.gpa, "size": region.size} for region in it.memory.regions],
+        "devices": [
+            {
+                "id": p.config.id,
+                "type": p.config.type,
+                "protocol": p.config.protocol,
+                "pid": p.child.pid,
+                "bus_name": p.client.unique_name,
+                "gpa": p.config.gpa,
+                "irq": p.config.irq,
+                "vectors": p.config.vectors,
+                "images": {key: p.config.local[key] for key in ("image",) if key in p.config.local},
+                "options": dict(p.config.options),
+                "tracker": p.config.tracker,
+                "version": p.info.version,
+            }
+            for p in it.roster.participants.values()
+        ],
+        "job": it.job.name if it.job else "",
+        "epoch": it.job.epoch if it.job else 0,
+        "peer": it.job.peer if it.job else "",
+        "next_epoch": it.ledger.next_epoch(),
+        "stopped_ns": it.stopped_ns(),
+        "sync_ns": it.ledger.sync_cost_ns(),
+    }

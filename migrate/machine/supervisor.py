@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from migrate.errors import DeviceError, FerryError, LedgerError, LocalProtocolError, Phase, Reason, UsageError
+from migrate.errors import FerryError, LedgerError, LocalProtocolError, Phase, Reason, UsageError
 from migrate.machine.children import Child
 from migrate.machine.config import VCPU_ID, MachineConfig
-from migrate.machine.ledger import Entry, Ledger
+from migrate.machine.ledger import Entry, Ledger, heard_of
 from migrate.machine.roster import Roster
 from migrate.machine.states import MACHINE, MachineState
 from migrate.memory import GuestMemory
@@ -33,6 +33,8 @@ RETRY_SECONDS = 1.0
 POWERED_OFF = "the guest powered off"
 
 S = MachineState
+#: States in which what was committed here is seen to have run here.
+_RUNS_HERE = frozenset({S.RUNNING, S.PAUSED, S.OUTGOING, S.STOPPED, S.IN_DOUBT})
 
 
 @dataclass(slots=True)
@@ -122,8 +124,8 @@ class Supervisor:
             self._stopped_at = time.monotonic_ns()
             try:
                 await self.roster.quiesce()
-            except FerryError:
-                await self._resume_here()
+            except FerryError as error:
+                await self._resume_or_stop(str(error))
                 raise
             self._enter(S.PAUSED)
 
@@ -141,37 +143,6 @@ class Supervisor:
             if self.state in (S.INCOMING, S.READY, S.HELD) and self.job is not None:
                 self._write_aborted(self.job)
             self._enter(S.ENDED, "ended by the operator")
-
-    def describe(self) -> dict[str, object]:
-        return {
-            "name": self.machine.name,
-            "state": str(self.state),
-            "detail": self.detail,
-            "regions": [{"gpa": region.gpa, "size": region.size} for region in self.memory.regions],
-            "devices": [
-                {
-                    "id": p.config.id,
-                    "type": p.config.type,
-                    "protocol": p.config.protocol,
-                    "pid": p.child.pid,
-                    "bus_name": p.client.unique_name,
-                    "gpa": p.config.gpa,
-                    "irq": p.config.irq,
-                    "vectors": p.config.vectors,
-                    "images": {key: p.config.local[key] for key in ("image",) if key in p.config.local},
-                    "options": dict(p.config.options),
-                    "tracker": p.config.tracker,
-                    "version": p.info.version,
-                }
-                for p in self.roster.participants.values()
-            ],
-            "job": self.job.name if self.job else "",
-            "epoch": self.job.epoch if self.job else 0,
-            "peer": self.job.peer if self.job else "",
-            "next_epoch": self.ledger.next_epoch(),
-            "stopped_ns": self._stopped_ns(),
-            "sync_ns": self.ledger.sync_cost_ns(),
-        }
 
     # -- outgoing --------------------------------------------------------------------------------------------------------
 
@@ -223,12 +194,10 @@ class Supervisor:
             found = self._require_job(job, S.STOPPED)
             if epoch != found.epoch:
                 raise UsageError(f"epoch {epoch} is not this job's ({found.epoch})", phase=Phase.COMMIT)
-            await (
-                self.roster.release_locks()
-            )  # the destination takes them before it commits; a failure here aborts
+            await self.roster.release_locks()  # the destination takes them; a failure here aborts
             self.ledger.write(Entry.COMMIT, job, epoch, peer=found.peer)
             self._enter(S.IN_DOUBT, f"COMMIT was sent to {found.peer}; it has not answered")
-            return self._stopped_ns()
+            return self.stopped_ns()
 
     async def peer_said(self, job: str, epoch: int, answer: str, reasons: str) -> None:
         """What the destination answered after COMMIT: `running` ends the machine here, `aborted` resumes it.
@@ -250,29 +219,55 @@ class Supervisor:
         self._enter(S.ENDED, f"runs at {job.peer}")
 
     async def _end_outgoing(self, why: str) -> None:
-        """The machine goes on here: resume it if it was stopped by the job, and tell everybody."""
+        """The machine goes on here: resume it if it was stopped by the job, and tell everybody.
+
+        :raises LedgerError: after COMMIT, if the end of the doubt cannot be written: it goes on then.
+        :raises FerryError: if a participant does not resume; the machine is then PAUSED, or FAILED where one is dead.
+        """
         job = self.job
         assert job is not None
         stopped = self._stopped_at is not None and not job.was_paused
-        self.ledger.write(Entry.RESUMED, job.name, job.epoch, peer=job.peer, detail=why[:500])
+        if self.state is S.IN_DOUBT:
+            self.ledger.write(Entry.RESUMED, job.name, job.epoch, peer=job.peer, detail=why[:500])
+        else:
+            self._note(Entry.RESUMED, job, why)
         self._unfollow()
         self.job = None
+        if stopped:
+            await self._resume_or_stop(why)
+        await self.roster.end_migration("aborted")
+        if job.was_paused:
+            await self._halt(why[:500])  # out of STOP_COPY, where a participant is still there
+        elif not stopped:
+            await self._resume_or_stop(why)  # leaves PRE_COPY where a participant is still there
+
+    async def _resume_or_stop(self, why: str) -> None:
+        """RUNNING; or else all stopped for sure, so that somebody can mend what is wrong and try again.
+
+        :raises FerryError: what kept it from running.
+        """
         try:
-            if stopped:
-                await self._resume_here()
-            await self.roster.end_migration("aborted")
-            if not stopped and not job.was_paused:
-                await self.roster.resume(0)  # leaves PRE_COPY where a participant is still there
-        except DeviceError as error:
-            self._enter(S.FAILED, str(error))
+            await self._resume_here()
+        except FerryError as error:
+            self._stopped_at = self._stopped_at or time.monotonic_ns()
+            await self._halt(f"it could not be resumed: {error}; `ferry resume` tries again")
             raise
-        self._enter(S.PAUSED if job.was_paused else S.RUNNING, why[:500])
+        self._enter(S.RUNNING, why[:500])
+
+    async def _halt(self, why: str) -> None:
+        try:
+            await self.roster.halt()
+        except FerryError as error:
+            self._enter(S.FAILED, f"{why}; {error}")
+            raise
+        self._enter(S.PAUSED, why)
 
     async def _resume_here(self) -> None:
-        await self.roster.resume(self._stopped_ns())
+        await self.roster.resume(self.stopped_ns())
         self._stopped_at = None
 
-    def _stopped_ns(self) -> int:
+    def stopped_ns(self) -> int:
+        """How long the machine has stood still, ns."""
         return 0 if self._stopped_at is None else time.monotonic_ns() - self._stopped_at
 
     # -- incoming --------------------------------------------------------------------------------------------------------
@@ -318,6 +313,7 @@ class Supervisor:
                     await self.roster.prepare(still())
                 self.ledger.write(Entry.COMMITTED, job, epoch, peer=found.peer)
             except FerryError as error:
+                await self._take_back()
                 self._write_aborted(found, str(error))
                 self._enter(S.ENDED, str(error))
                 raise
@@ -332,6 +328,14 @@ class Supervisor:
             self.job = None
             self._background(self.roster.end_migration("completed"))
             return {"commit_ns": committed - heard, "resume_ns": time.monotonic_ns() - committed}
+
+    async def _take_back(self) -> None:
+        """Locks that RUNNING_P2P took are let go before anybody is told ABORTED: the source takes them to resume."""
+        try:
+            await self.roster.halt()
+            await self.roster.release_locks()
+        except FerryError as error:
+            log.warning("event=let-go machine=%s error=%s", self.machine.name, error)
 
     async def _start_committed(self, still: Callable[[], int]) -> None:
         """After COMMITTED there is no way back: try until it runs, or a participant is dead."""
@@ -361,7 +365,9 @@ class Supervisor:
         """A source in doubt asks. What has not committed writes ABORTED before it answers, and never commits that epoch."""
         async with self._lock:
             if self.ledger.said(Entry.COMMITTED, job, epoch):
-                return "running" if self.state not in (S.COMMITTED, S.FAILED) else "committed"
+                return "running" if self.state in _RUNS_HERE else "committed"
+            if not heard_of(self.ledger.records, job, epoch):
+                return "unknown"
             if not self.ledger.said(Entry.ABORTED, job, epoch):
                 self.ledger.write(Entry.ABORTED, job, epoch, detail="asked by a source in doubt")
             if self.job is not None and self.job.name == job and self.state in (S.INCOMING, S.READY, S.HELD):
@@ -379,13 +385,18 @@ class Supervisor:
             elif self.state is S.HELD and self.job is not None:
                 if keep == "destination":
                     job, since = self.job, time.monotonic_ns()
-                    await self.roster.prepare(0)
-                    self.ledger.write(
-                        Entry.COMMITTED, job.name, job.epoch, detail="the operator keeps the destination"
-                    )
+                    try:
+                        await self.roster.prepare(0)
+                        self.ledger.write(
+                            Entry.COMMITTED, job.name, job.epoch, detail="the operator keeps the destination"
+                        )
+                    except FerryError:
+                        await self._take_back()
+                        raise
                     self._enter(S.COMMITTED)
                     await self._start_committed(lambda: time.monotonic_ns() - since)
                     self.job = None
+                    self._background(self.roster.end_migration("completed"))
                 else:
                     self._write_aborted(self.job, "the operator keeps the source")
                     self._enter(S.ENDED, "the operator keeps the source")
@@ -399,7 +410,15 @@ class Supervisor:
 
     def _write_aborted(self, job: Job, why: str = "") -> None:
         if not self.ledger.said(Entry.ABORTED, job.name, job.epoch):
-            self.ledger.write(Entry.ABORTED, job.name, job.epoch, peer=job.peer, detail=why[:500])
+            self._note(Entry.ABORTED, job, why)
+
+    def _note(self, entry: Entry, job: Job, why: str) -> None:
+        """Write what nobody waits for: RESUMED where COMMIT was not said, ABORTED of a copy that ends. A full disk is no reason
+        for a guest to stand still or for a copy to stay: what has ended without COMMITTED never runs, and an `ask` writes."""
+        try:
+            self.ledger.write(entry, job.name, job.epoch, peer=job.peer, detail=why[:500])
+        except LedgerError as error:
+            log.error("event=not-written machine=%s entry=%s error=%s", self.machine.name, entry, error)
 
     # -- what happens by itself --------------------------------------------------------------------------------------------
 
@@ -459,7 +478,7 @@ class Supervisor:
                 self._changed(str(self.state), self.detail)
             else:
                 if self.state in (S.OUTGOING, S.STOPPED) and self.job is not None:
-                    self.ledger.write(Entry.RESUMED, self.job.name, self.job.epoch, detail=str(why)[:500])
+                    self._note(Entry.RESUMED, self.job, str(why))
                     self._unfollow()
                     self.job = None
                 self._enter(S.FAILED, str(why))

@@ -93,14 +93,19 @@ class Bool(Check):
 class List(Check):
     item: Check
     limit: int
+    exactly: bool = False
 
     def __call__(self, value: object, where: str) -> object:
-        if not isinstance(value, list | tuple) or len(value) > self.limit:
-            raise bad(where, f"is not a list of at most {self.limit}")
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) > self.limit
+            or (self.exactly and len(value) != self.limit)
+        ):
+            raise bad(where, f"is not a list of {'' if self.exactly else 'at most '}{self.limit}")
         return tuple(self.item(entry, f"{where}[{index}]") for index, entry in enumerate(value))
 
     def __str__(self) -> str:
-        return f"list ≤ {self.limit} of ({self.item})"
+        return f"{self.limit} × ({self.item})" if self.exactly else f"list ≤ {self.limit} of ({self.item})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,8 @@ class Accept(Message):
 
 @dataclass(frozen=True)
 class Refuse(Message):
+    """All reasons against the manifest. Nothing was stopped."""
+
     reasons: tuple[Reason, ...] = spec(Reasons())
 
 
@@ -141,7 +143,7 @@ class Start(Message):
     """Page channels will join; `extents` (gpa, bytes) are where data lies now, for prefaulting."""
 
     connections: int = spec(U32)
-    extents: tuple[tuple[int, ...], ...] = spec(List(List(U64, 2), MAX_LIST))
+    extents: tuple[tuple[int, ...], ...] = spec(List(List(U64, 2, exactly=True), MAX_LIST))
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class Round(Message):
 
 @dataclass(frozen=True)
 class RoundDone(Message):
+    """Everything of round n is in the destination's memory."""
+
     n: int = spec(U32)
 
 
@@ -303,6 +307,8 @@ class Ping(Message):
 
 @dataclass(frozen=True)
 class Pong(Message):
+    """The answer to PING n."""
+
     n: int = spec(U64)
 
 

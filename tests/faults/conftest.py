@@ -44,7 +44,7 @@ def pair(ground: Pen, keys: dict[str, Path]) -> Iterator[tuple[Host, Host]]:
 
 
 @pytest.fixture
-def here(pair: tuple[Host, Host], machine_toml: Path) -> Iterator[tuple[Host, Host]]:
+def here(pair: tuple[Host, Host], machine_toml: Path) -> tuple[Host, Host]:
     """Both hosts with their daemons running, and the machine on hosta alone, whatever an earlier test left."""
     a, b = pair
     for host in pair:
@@ -58,4 +58,4 @@ def here(pair: tuple[Host, Host], machine_toml: Path) -> Iterator[tuple[Host, Ho
         said = a.ferry("run", str(machine_toml), "--fresh")
         assert said.code == 0, said
     a.ticks_on()
-    yield pair
+    return pair

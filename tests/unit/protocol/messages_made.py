@@ -36,6 +36,8 @@ def values(check: Check) -> st.SearchStrategy[Any]:
             return st.binary(max_size=min(check.limit, MOST))
         case Bool():
             return st.booleans()
+        case List(exactly=True):
+            return st.tuples(*[values(check.item)] * check.limit)
         case List():
             return st.lists(values(check.item), max_size=min(check.limit, MOST)).map(tuple)
         case Map():

@@ -94,7 +94,15 @@ def limits() -> str:
     names = ("MAX_RUNS", "MAX_PAGE_BYTES", "MAX_CONTROL")
     rows = ["| limit | |", "|---|---:|"]
     rows += [f"| `frames.{name}` | {getattr(frames, name)} |" for name in names]
-    more = ("MAX_DEVICES", "MAX_REGIONS", "MAX_BLOB", "MAX_CHUNK", "MAX_LIST", "MAX_ITEMS", "PROTOCOL_VERSION")
+    more = (
+        "MAX_DEVICES",
+        "MAX_REGIONS",
+        "MAX_BLOB",
+        "MAX_CHUNK",
+        "MAX_LIST",
+        "MAX_ITEMS",
+        "PROTOCOL_VERSION",
+    )
     rows += [f"| `messages.{name}` | {getattr(messages, name)} |" for name in more]
     return "\n".join(rows)
 
@@ -106,24 +114,25 @@ def _fields(kind: type[Any]) -> str:
 def _speaker(kind: type[messages.Message]) -> str:
     if kind is messages.Join:
         return "source, on a page channel"
-    who = [
-        str(role) for role, table in TABLES.items() if any((SEND, kind) in row for row in table.values())
-    ]
+    who = [str(role) for role, table in TABLES.items() if any((SEND, kind) in row for row in table.values())]
     return "both" if len(who) == 2 else who[0]
 
 
 def message_table() -> str:
     rows = ["| message | said by | fields | |", "|---|---|---|---|"]
     for kind in messages.REGISTRY.values():
-        doc = " ".join((kind.__doc__ or "").split())
-        rows.append(f"| {kind.name} | {_speaker(kind)} | {_fields(kind)} | {'' if '(' in doc[:8] else doc} |")
+        assert kind.__doc__ is not None
+        assert not kind.__doc__.startswith(f"{kind.__name__}("), f"{kind.name} does not say what it is for"
+        rows.append(
+            f"| {kind.name} | {_speaker(kind)} | {_fields(kind)} | {' '.join(kind.__doc__.split())} |"
+        )
     return "\n".join(rows)
 
 
 def structs() -> str:
     rows = ["| in a message | fields |", "|---|---|"]
-    for kind in (messages.RegionEntry, messages.DeviceEntry, messages.DiskEntry):
-        rows.append(f"| {kind.__name__} | {_fields(kind)} |")
+    kinds = (messages.RegionEntry, messages.DeviceEntry, messages.DiskEntry)
+    rows += [f"| {kind.__name__} | {_fields(kind)} |" for kind in kinds]
     return "\n".join(rows)
 
 

@@ -143,6 +143,12 @@ def fields_of_struct(kind: type[Any]) -> dict[str, Any]:
     return {name: getattr(sample(kind), name) for name in checks(kind)}
 
 
+@pytest.mark.parametrize("extent", [[], [0], [0, 1, 2], 7])
+def test_an_extent_is_exactly_an_address_and_a_length(extent: object) -> None:
+    with pytest.raises(RemoteProtocolError, match=r"START\.extents\[0\] is not a list of 2"):
+        m.decode(packed("START", {"connections": 1, "extents": [extent]}))
+
+
 def test_an_odd_reason_is_shown_and_never_a_breach() -> None:
     heard = m.decode(packed("REFUSE", {"reasons": [7, {"device": 1, "reason": "x" * 9000}]}))
     assert isinstance(heard, m.Refuse)

@@ -2,6 +2,7 @@
 # make test    everything that CI checks, but lint
 # make lint    ruff and mypy --strict
 # make bench   figures, each beside the raw limit of the same run
+# make chaos   random histories of one machine and two hosts, for an hour (ARGS="--minutes 600", "--seed N")
 # make guest   build the demo's guest again (needs gcc and binutils)
 # Each does its own set-up: a .venv with the versions of constraints.txt.
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test lint bench guest clean
+.PHONY: demo test lint bench chaos guest clean
 
 demo: .venv/.run
 	$(BIN)/ferry demo $(ARGS)
@@ -24,6 +25,9 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python -m tests.bench $(ARGS)
+
+chaos: .venv/.dev
+	$(BIN)/python -m tests.histories $(ARGS)
 
 guest:
 	$(MAKE) -C devices/vcpu/guest

@@ -48,7 +48,7 @@ class Image:
     # -- sectors: from several threads; all raise OSError ---------------------------------------------------------------------
 
     def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        left = list(buffers)
+        left = _rest(buffers, 0)
         while left:
             done = os.preadv(self._fd, left[:_IOV_MAX], offset)
             if not done:
@@ -57,7 +57,7 @@ class Image:
             left = _rest(left, done)
 
     def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        left = list(buffers)
+        left = _rest(buffers, 0)
         while left:
             done = os.pwritev(self._fd, left[:_IOV_MAX], offset)
             offset += done
@@ -162,13 +162,14 @@ def _unfit(path: str, what: str, remedy: str) -> UsageError:
     return UsageError(f"the image {Path(path)} {what}", remedy=remedy, phase=Phase.SETUP)
 
 
-def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of the buffers after so many bytes."""
-    for number, buffer in enumerate(buffers):
+def _rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of the buffers after so many bytes, none of them empty."""
+    left = []
+    for buffer in buffers:
         if done < len(buffer):
-            return [buffer[done:], *buffers[number + 1 :]]
-        done -= len(buffer)
-    return []
+            left.append(buffer[done:])
+        done = max(done - len(buffer), 0)
+    return left
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:

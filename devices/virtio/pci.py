@@ -222,11 +222,11 @@ class VirtioPci:
                 queue.available = value
             case 0x30, 8:
                 queue.used = value
-            case (0x20 | 0x24), 4:
+            case ((0x20 | 0x24), 4):
                 queue.descriptors = _half(queue.descriptors, offset, value)
-            case (0x28 | 0x2C), 4:
+            case ((0x28 | 0x2C), 4):
                 queue.available = _half(queue.available, offset, value)
-            case (0x30 | 0x34), 4:
+            case ((0x30 | 0x34), 4):
                 queue.used = _half(queue.used, offset, value)
 
     def _accept_features(self, value: int) -> None:

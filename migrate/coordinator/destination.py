@@ -27,7 +27,15 @@ from migrate.coordinator.link import Link, PeerRejected
 from migrate.coordinator.outcome import Emit, wire_reasons
 from migrate.coordinator.pages_in import PageReceiver, PageSink
 from migrate.coordinator.participants import Participants
-from migrate.errors import FerryError, IncompatibleError, Phase, Reason, RemoteProtocolError, TransportError
+from migrate.errors import (
+    FerryError,
+    GuestEnded,
+    IncompatibleError,
+    Phase,
+    Reason,
+    RemoteProtocolError,
+    TransportError,
+)
 from migrate.machine.hostconfig import HostConfig
 from migrate.memory import GuestMemory
 from migrate.protocol import frames
@@ -92,13 +100,24 @@ class DestinationMigration:
         self._begun = False
         self._ready = False
         self._committing = False
+        self._task: asyncio.Task[Any] | None = None
+        self._ended: GuestEnded | None = (
+            None  #: why the incoming machine is gone, where that was not our word
+        )
 
     async def run(self) -> dict[str, Any]:
         """Serve the connection to its end; the outcome as this side knows it."""
+        self._task = asyncio.current_task()
         outcome: dict[str, Any] = {"event": "outcome", "peer": self.spec.peer, "role": "destination"}
         reasons: list[Reason] = []
         try:
-            outcome |= await self._serve()
+            try:
+                outcome |= await self._serve()
+            except asyncio.CancelledError:
+                if self._ended is None or self._task is None:
+                    raise
+                self._task.uncancel()
+                raise self._ended from None
         except FerryError as error:
             if isinstance(error, TransportError):
                 error.phase = str(self._phase)  # a channel does not know what it was used for
@@ -112,6 +131,15 @@ class DestinationMigration:
         if self._manifest is not None:
             outcome |= {"machine": self._manifest.machine, "job": self._manifest.job}
         return outcome
+
+    def _machine_changed(self, state: str, detail: str) -> None:
+        """The incoming machine is gone, as when a participant of it died: the source hears at once why, and of whom."""
+        if state == "ended" and not self._committing and self._ended is None and self._task is not None:
+            device, why = self._parts.blame(detail) if self._parts is not None else (None, detail)
+            self._ended = GuestEnded(
+                why, phase=self._phase, device=device, remedy="see the destination's logs"
+            )
+            self._task.cancel()
 
     # -- the conversation --------------------------------------------------------------------------------------------------
 
@@ -144,6 +172,7 @@ class DestinationMigration:
         if first.check_only:
             await link.send(m.Accept(self._token, self._versions, MAX_CONNECTIONS))
             await link.expect(m.Bye, timeout=HANDSHAKE_SECONDS)
+            self._task = None  # from here on its end is our own doing
             await self._discard("only a check was asked for")
             return {"outcome": "checked", "running_on": "source", "exit_code": 0}
         return await self._receive(first)
@@ -186,6 +215,7 @@ class DestinationMigration:
             address = await self.host.incoming(preflight.as_json(machine), manifest.job, peer)
             self._bus = await Bus.connect(address)
             self._parts = await Participants.find(self._bus)
+            await self._parts.supervisor.on_changed(self._machine_changed)
         except FerryError as error:
             return [*reasons, Reason(error.device, str(Phase.PREFLIGHT), error.reason, error.remedy)]
         self._versions, against_versions = preflight.compare(manifest, self._parts)
@@ -326,6 +356,7 @@ class DestinationMigration:
 
     async def _give_up(self, error: FerryError) -> dict[str, Any]:
         """Tell the source why, if it can still hear; end the incoming machine, unless it is READY and must be kept."""
+        self._task = None  # from here on its end is our own doing
         reasons = error.reasons()
         refused = isinstance(error, IncompatibleError)
         lost = isinstance(error, TransportError)

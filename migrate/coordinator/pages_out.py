@@ -27,6 +27,9 @@ from migrate.protocol.frames import Kind
 
 #: Pages in one frame: large enough to keep a TLS channel busy, small enough to share work among channels.
 FRAME_PAGES = 1024
+#: Pages planned in one go, 1 ms of work; of large memories more, for every plan costs a pass over whole bitmaps as well.
+PLAN_PAGES = 16384
+MOST_PLANS = 64
 #: Below this mean length of a run, in pages, copying into one buffer is cheaper than one system call argument a run.
 GATHER_BELOW = 16
 NO_PAGES = np.empty(0, np.uint64)
@@ -82,7 +85,7 @@ class PageSender:
         self.sent_bytes = 0  #: of all rounds; read by the progress line while threads add to it
         self.compare = compare
         self._plan = SendPlan(memory)
-        self._pool = ThreadPoolExecutor(len(channels) + 1, thread_name_prefix="pages")
+        self._pool = ThreadPoolExecutor(len(channels), thread_name_prefix="pages")
         self._counting = threading.Lock()
 
     async def send_round(self, number: int, dirty: DirtyBitmap, *, last: bool = False) -> Sent:
@@ -92,11 +95,7 @@ class PageSender:
         :raises FerryError: what broke the first channel that broke; the others are then aborted.
         """
         loop = asyncio.get_running_loop()
-        work = _Work(
-            self._copies(dirty)
-            if self.compare
-            else await loop.run_in_executor(self._pool, self._items, dirty)
-        )
+        work = _Work(self._copies(dirty) if self.compare else self._items(dirty))
         start = time.monotonic()
         results = await asyncio.gather(
             *(
@@ -114,10 +113,13 @@ class PageSender:
         return sent
 
     def _items(self, dirty: DirtyBitmap) -> Iterator[Item]:
-        data, zero = self._plan.plan(dirty)
-        items = [Item(Kind.PAGES, part) for part in data.split(FRAME_PAGES)]
-        items += [Item(Kind.ZERO, _slice(zero, low)) for low in range(0, len(zero), frames.MAX_RUNS)]
-        return iter(items)
+        """Planned in stretches, so that the first frame goes at once and one thread plans while others send."""
+        for stretch in dirty.runs().split(max(PLAN_PAGES, dirty.pages // MOST_PLANS)):
+            data, zero = self._plan.plan(DirtyBitmap.from_runs(stretch, dirty.pages))
+            for part in data.split(FRAME_PAGES):
+                yield Item(Kind.PAGES, part)
+            for low in range(0, len(zero), frames.MAX_RUNS):
+                yield Item(Kind.ZERO, _slice(zero, low))
 
     def _copies(self, dirty: DirtyBitmap) -> Iterator[Item]:
         """For `compare`: each block copied once; what is judged, recorded and sent is that copy."""

@@ -107,6 +107,11 @@ class Participants:
             members.append(Member(entry, client, await client.info(phase=Phase.PREFLIGHT)))
         return cls(bus, supervisor, description, members)
 
+    def blame(self, detail: str) -> tuple[str | None, str]:
+        """A machine's detail as its supervisor words it, parted: the participant that it begins with, or None, and the rest."""
+        name, _, rest = detail.partition(": ")
+        return (name, rest) if name in self.by_id else (None, detail)
+
     async def map_memory(self) -> GuestMemory:
         """The machine's memory, mapped here; the caller closes it."""
         memory = GuestMemory()

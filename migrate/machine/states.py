@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -37,4 +38,23 @@ MACHINE: Final[dict[MachineState, frozenset[MachineState]]] = {
     _S.ENDED: frozenset(),
 }
 #: States in which the guest may execute here. Never true on two hosts at once: what the whole project is about.
-MAY_EXECUTE: Final = frozenset({_S.RUNNING, _S.OUTGOING})
+MAY_EXECUTE: Final = frozenset({_S.RUNNING, _S.OUTGOING, _S.COMMITTED})
+#: States in which what was committed here is seen to have run here: what `running` means to a source that asks.
+HAS_RUN: Final = frozenset({_S.RUNNING, _S.PAUSED, _S.OUTGOING, _S.STOPPED, _S.IN_DOUBT})
+#: What to do where a request is refused because of the state.
+REMEDIES: Final = {
+    _S.IN_DOUBT: "run `ferry recover`, or `ferry resolve` after fencing the other host",
+    _S.HELD: "it waits for its source; run `ferry resolve` after fencing that host",
+    _S.FAILED: "`ferry stop` it and start it again",
+}
+
+
+@dataclass(slots=True)
+class Job:
+    """The migration that is going on, or whose end is awaited."""
+
+    name: str
+    epoch: int
+    peer: str
+    coordinator: str  #: unique name on the bus
+    was_paused: bool = False

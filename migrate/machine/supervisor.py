@@ -12,14 +12,13 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from migrate.errors import FerryError, LedgerError, LocalProtocolError, Phase, Reason, UsageError
 from migrate.machine.children import Child
 from migrate.machine.config import VCPU_ID, MachineConfig
 from migrate.machine.ledger import Entry, Ledger, heard_of
 from migrate.machine.roster import Roster
-from migrate.machine.states import MACHINE, MachineState
+from migrate.machine.states import HAS_RUN, MACHINE, REMEDIES, Job, MachineState
 from migrate.memory import GuestMemory
 
 log = logging.getLogger(__name__)
@@ -33,19 +32,6 @@ RETRY_SECONDS = 1.0
 POWERED_OFF = "the guest powered off"
 
 S = MachineState
-#: States in which what was committed here is seen to have run here.
-_RUNS_HERE = frozenset({S.RUNNING, S.PAUSED, S.OUTGOING, S.STOPPED, S.IN_DOUBT})
-
-
-@dataclass(slots=True)
-class Job:
-    """The migration that is going on, or whose end is awaited."""
-
-    name: str
-    epoch: int
-    peer: str
-    coordinator: str  #: unique name on the bus
-    was_paused: bool = False
 
 
 class Supervisor:
@@ -101,7 +87,7 @@ class Supervisor:
                 f"the machine {self.machine.name} is {self.state}"
                 + (f" ({self.detail})" if self.detail else ""),
                 phase=Phase.SETUP,
-                remedy=_REMEDIES.get(self.state, "wait until what goes on has ended; see `ferry list`"),
+                remedy=REMEDIES.get(self.state, "wait until what goes on has ended; see `ferry list`"),
             )
 
     def _require_job(self, name: str, *states: MachineState) -> Job:
@@ -233,9 +219,11 @@ class Supervisor:
             self._note(Entry.RESUMED, job, why)
         self._unfollow()
         self.job = None
-        if stopped:
-            await self._resume_or_stop(why)
-        await self.roster.end_migration("aborted")
+        try:
+            if stopped:
+                await self._resume_or_stop(why)
+        finally:
+            await self.roster.end_migration("aborted")
         if job.was_paused:
             await self._halt(why[:500])  # out of STOP_COPY, where a participant is still there
         elif not stopped:
@@ -365,7 +353,7 @@ class Supervisor:
         """A source in doubt asks. What has not committed writes ABORTED before it answers, and never commits that epoch."""
         async with self._lock:
             if self.ledger.said(Entry.COMMITTED, job, epoch):
-                return "running" if self.state in _RUNS_HERE else "committed"
+                return "running" if self.state in HAS_RUN else "committed"
             if not heard_of(self.ledger.records, job, epoch):
                 return "unknown"
             if not self.ledger.said(Entry.ABORTED, job, epoch):
@@ -488,7 +476,7 @@ class Supervisor:
         async with self._lock:
             if self.state in (S.RUNNING, S.OUTGOING):
                 if self.job is not None:
-                    self.ledger.write(Entry.RESUMED, self.job.name, self.job.epoch, detail=POWERED_OFF)
+                    self._note(Entry.RESUMED, self.job, POWERED_OFF)
                     self._unfollow()
                 self._enter(S.ENDED, POWERED_OFF)
 
@@ -503,10 +491,3 @@ async def _logged(work: object) -> None:
         await work  # type: ignore[misc]
     except FerryError as error:
         log.error("event=background error=%s", error)
-
-
-_REMEDIES = {
-    S.IN_DOUBT: "run `ferry recover`, or `ferry resolve` after fencing the other host",
-    S.HELD: "it waits for its source; run `ferry resolve` after fencing that host",
-    S.FAILED: "`ferry stop` it and start it again",
-}

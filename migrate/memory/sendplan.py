@@ -20,7 +20,7 @@ from migrate.memory.runs import PageRuns
 _BATCH = 4096
 #: Pages that look zero are copied to be read whole, so many at a time (1 MiB stays in the cache).
 _SUSPECTS = 256
-#: Words looked at first. Nearly every page that is not zero shows it here, at four cache lines a page instead of 64.
+#: Words looked at first. Nearly every page that is not zero shows it here, at one to four cache lines a page instead of 64.
 _SAMPLES = (0, 511, 170, 341)
 
 
@@ -74,10 +74,10 @@ def _nonzero(region: Region, runs: PageRuns) -> NDArray[np.int64]:
 
 
 def _has_bytes(memory: Pages, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
-    seen = memory[pages, _SAMPLES[0]]
+    answer: NDArray[np.bool_] = memory[pages, _SAMPLES[0]] != 0
     for word in _SAMPLES[1:]:
-        seen |= memory[pages, word]
-    answer: NDArray[np.bool_] = seen != 0
+        left = np.flatnonzero(~answer)
+        answer[left] = memory[pages[left], word] != 0
     suspects = np.flatnonzero(~answer)
     for low in range(0, len(suspects), _SUSPECTS):
         part = suspects[low : low + _SUSPECTS]

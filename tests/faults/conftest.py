@@ -49,11 +49,9 @@ def here(pair: tuple[Host, Host], machine_toml: Path) -> tuple[Host, Host]:
     a, b = pair
     for host in pair:
         host.revive()
-    if b.machine() is not None:
-        b.do(lambda client: client.stop_machine(MACHINE, force=True))
+    b.clear()
     if a.state() != "running":
-        if a.machine() is not None:
-            a.do(lambda client: client.stop_machine(MACHINE, force=True))
+        a.clear()
         (a.directory / "machines" / MACHINE / "uart0.out").unlink(missing_ok=True)
         said = a.ferry("run", str(machine_toml), "--fresh")
         assert said.code == 0, said

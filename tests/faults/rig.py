@@ -208,10 +208,18 @@ class Host:
         if self._process is None:
             return
         try:
-            for machine in self.machines():
-                self.do(lambda client, name=machine["name"]: client.stop_machine(name, force=True))  # type: ignore[misc]
+            self.clear()
         finally:
             self.end()
+
+    def clear(self) -> None:
+        """No machine is left here, nor a doubt about one."""
+        for machine in self.machines():
+            name = str(machine["name"])
+            if machine["pid"]:
+                self.do(lambda client, name=name: client.stop_machine(name, force=True))  # type: ignore[misc]
+            if any(one["name"] == name for one in self.machines()):
+                self.do(lambda client, name=name: client.resolve(name, "source"))  # type: ignore[misc]
 
     # -- asking it -----------------------------------------------------------------------------------------------------------
 

@@ -69,7 +69,8 @@ class Link:
     # -- sending ---------------------------------------------------------------------------------------------------------
 
     async def send(self, message: messages.Message) -> None:
-        """:raises LocalProtocolError: if it may not be said now. :raises ChannelClosed: if the channel is gone."""
+        """:raises LocalProtocolError: if it may not be said now. :raises ChannelClosed, PeerRejected: as `check`."""
+        self.check()
         self.conversation.sending(message)
         await self.write(frames.encode_control(messages.encode(message)))
 
@@ -167,6 +168,14 @@ class Link:
         if not self._broken.done():
             self._broken.set_exception(error)
             self._broken.exception()  # seen: whoever waits raises it again
+
+    def check(self) -> None:
+        """Before a step that a broken conversation would not allow: why it broke says more than that.
+
+        :raises PeerRejected: the peer has said REJECT or ABORT. :raises ChannelClosed: the channel is gone.
+        """
+        if self._broken.done():
+            self._broken.result()
 
     @property
     def broken(self) -> bool:

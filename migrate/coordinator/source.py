@@ -286,6 +286,7 @@ class SourceMigration:
         self._enter(Phase.STOP)
         began = time.monotonic_ns()
         stopping = await parts.supervisor.quiesce(self.spec.job)
+        link.check()
         link.conversation.did(Did.QUIESCED)
         quiesced = time.monotonic_ns()
         self._enter(Phase.SAVE)

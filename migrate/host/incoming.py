@@ -233,7 +233,7 @@ class Incoming:
                 remedy=f"`ferry stop {name} --force` there",
             )
         older = self._jobs.active_of(name)
-        if older is not None:
+        if older is not None and older.id != job:
             await self._jobs.end(older)
 
     async def _ask(self, machine: str, job: str, epoch: int) -> str:

@@ -227,7 +227,8 @@ def test_a_machine_in_doubt_is_recovered_after_both_daemons_were_started_again(h
     assert a.state() == "in-doubt"
     a.is_still()
     asked = a.ferry("recover", MACHINE, "--wait", "2")
-    assert asked.complaint(4)
+    assert asked.code == 4, asked
+    assert "nobody listens there" in asked.err[0]
     assert "ferry resolve" in asked.err[-1]
     assert a.state() == "in-doubt"
     refused = a.ferry("stop", MACHINE)

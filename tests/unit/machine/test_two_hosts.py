@@ -90,6 +90,8 @@ class TwoHosts(RuleBasedStateMachine):
     @precondition(lambda self: "ready" in self.said and self.source.state is S.STOPPED)
     @rule()
     def the_source_commits(self) -> None:
+        if "ready" not in self.said:
+            return
         answer = self._do(self.source.it.commit(self.job, self._epoch()))
         if not isinstance(answer, FerryError):
             self.said.add("commit")
@@ -115,6 +117,16 @@ class TwoHosts(RuleBasedStateMachine):
     def the_source_hears_an_answer(self, data: st.DataObject) -> None:
         answer = data.draw(st.sampled_from(sorted(self.said & {"running", "aborted"})))
         self._do(self.source.it.peer_said(self.job, self._epoch(), answer, "[]"))
+
+    @precondition(lambda self: self.source.state in (S.RUNNING, S.PAUSED))
+    @rule(steps=st.integers(2, 5))
+    def a_migration_goes_well_so_far(self, steps: int) -> None:
+        """Else few courses come to COMMIT."""
+        for step in (
+            self.a_migration_begins, self.the_destination_takes_part, self.the_source_stops,
+            self.the_destination_is_ready, self.the_source_commits,
+        )[:steps]:  # fmt: skip
+            step()
 
     # -- and what crosses it ---------------------------------------------------------------------------------------------
 

@@ -136,6 +136,16 @@ def test_a_descriptor_that_cannot_be_written_is_a_fault() -> None:
         os.close(fd)
 
 
+def test_memory_that_its_maker_could_still_shrink_is_not_mapped(no_leaks: None) -> None:
+    fd = os.memfd_create("unsealed")
+    os.ftruncate(fd, PAGE_SIZE)
+    try:
+        with pytest.raises(MemoryFault, match="lacks the seals SHRINK, GROW"):
+            GuestMemory().attach(GuestAddress(0), PAGE_SIZE, fd)
+    finally:
+        os.close(fd)
+
+
 @given(PAGE_SETS)
 def test_a_table_of_guest_addresses_says_the_same_as_the_runs(runs: PageRuns) -> None:
     memory = GuestMemory.create(LAYOUT)

@@ -84,7 +84,6 @@ class VirtioPci:
         self._queue_select = 0
         self._config_vector = NO_VECTOR
         self._vectors = [NO_VECTOR] * len(self.queues)
-        self._generation = 0
         self._isr = 0
         for queue in self.queues:
             queue.reset()
@@ -177,7 +176,7 @@ class VirtioPci:
             self._config_vector,
             len(self.queues),
             self.status,
-            self._generation,
+            0,  # config_generation: it never changes
             self._queue_select,
             queue.size if queue else 0,
             self._vectors[self._queue_select] if queue else NO_VECTOR,
@@ -270,7 +269,6 @@ class VirtioPci:
             "driver_feature_select": self._driver_select,
             "queue_select": self._queue_select,
             "config_vector": self._config_vector,
-            "generation": self._generation,
             "isr": self._isr,
             "reset_wanted": self._reset_wanted,
             "pci": self.space.save(),
@@ -283,7 +281,8 @@ class VirtioPci:
 
     def wrong(self, state: Mapping[str, Any]) -> str | None:
         """Why `load` could not take this state, beyond what the schema says; None if it could."""
-        if missing := state["features"] & ~self.offered:
+        # Before FEATURES_OK they are only what a driver wrote.
+        if (missing := state["features"] & ~self.offered) and state["status"] & FEATURES_OK:
             return f"the guest's driver uses features that this device has not ({missing:#x})"
         if len(state["queues"]) != len(self.queues):
             return f"{len(state['queues'])} queues; this device has {len(self.queues)}"
@@ -297,7 +296,7 @@ class VirtioPci:
         self.status, self.features = state["status"], state["features"]
         self._feature_select, self._driver_select = state["feature_select"], state["driver_feature_select"]
         self._queue_select, self._config_vector = state["queue_select"], state["config_vector"]
-        self._generation, self._isr = state["generation"], state["isr"]
+        self._isr = state["isr"]
         self._vectors = [queue["vector"] for queue in state["queues"]]
         for queue, saved in zip(self.queues, state["queues"], strict=True):
             queue.load(saved)

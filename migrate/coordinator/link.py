@@ -15,6 +15,8 @@ from migrate.protocol.states import Conversation, Did, Role
 #: A peer that says nothing for this long, s, is taken for dead; each side says something every PING_SECONDS.
 SILENCE_SECONDS = 12.0
 PING_SECONDS = 2.0
+#: Bytes of messages that wait to be looked at; one more of the largest may come on top.
+MAX_HELD = 16 << 20
 
 T = TypeVar("T")
 M = TypeVar("M", bound=messages.Message)
@@ -60,7 +62,9 @@ class Link:
         self.conversation = Conversation(role)
         self.round_trip_ns = 0
         self._pages = pages
-        self._inbox: asyncio.Queue[messages.Message] = asyncio.Queue()
+        self._inbox: asyncio.Queue[tuple[messages.Message, int]] = asyncio.Queue()
+        self._held = 0  #: bytes of what is in the inbox
+        self._room = asyncio.Event()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writing = asyncio.Lock()
         self._pinged: dict[int, int] = {}
@@ -108,7 +112,7 @@ class Link:
                     phase=Phase.PRECOPY,
                     remedy="see what its host is doing",
                 )
-            message = getter.result()
+            message = self._taken(getter.result())
         finally:
             getter.cancel()
         if isinstance(message, messages.Reject | messages.Abort):
@@ -123,7 +127,7 @@ class Link:
             if not task.done():
                 # A REJECT may have come just before the end of the channel; it says more.
                 while not self._inbox.empty():
-                    message = self._inbox.get_nowait()
+                    message = self._taken(self._inbox.get_nowait())
                     if isinstance(message, messages.Reject | messages.Abort):
                         raise PeerRejected(message.reasons)
                 self._broken.result()
@@ -151,11 +155,25 @@ class Link:
                     if sent is not None:
                         self.round_trip_ns = time.monotonic_ns() - sent
                 else:
-                    self._inbox.put_nowait(message)
+                    self._held += header.length
+                    self._inbox.put_nowait((message, header.length))
                     if isinstance(message, messages.Reject | messages.Abort):
                         self._break(PeerRejected(message.reasons))
+                    await self._wait_for_room()
         except FerryError as error:
             self._break(error)
+
+    def _taken(self, item: tuple[messages.Message, int]) -> messages.Message:
+        message, size = item
+        self._held -= size
+        self._room.set()
+        return message
+
+    async def _wait_for_room(self) -> None:
+        """Read no further while much is unread: a peer that sends faster than we work waits, and our pings go on."""
+        while self._held > MAX_HELD:
+            self._room.clear()
+            await self._room.wait()
 
     async def _page(self, header: frames.Header, body: bytes) -> None:
         if self._pages is None:

@@ -19,6 +19,9 @@ from migrate.memory import PAGE_SIZE, GuestMemory, PageRuns
 from migrate.protocol import frames
 from migrate.protocol.frames import Kind
 
+#: A source ends one round before it begins the next, so a page channel is never more than that ahead of the control channel.
+MAX_OPEN_ROUNDS = 4
+
 #: As migrate.coordinator.link has it: takes a page frame's header and body.
 PageSink = Callable[[frames.Header, bytes], Awaitable[None]]
 
@@ -174,6 +177,11 @@ class PageReceiver:
 
     def _mark(self, index: int, mark: Mark) -> None:
         self._marks.setdefault(mark.round_number, {})[index] = mark.digest
+        if len(self._marks) > MAX_OPEN_ROUNDS:
+            self._fail(
+                RemoteProtocolError("page channels ended rounds that were never begun", phase=Phase.PRECOPY)
+            )
+            self._stopping.set()
         self._changed.set()
 
     def _fail(self, error: FerryError) -> None:

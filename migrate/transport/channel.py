@@ -259,26 +259,25 @@ class PipeChannel(ByteChannel):
         self._seconds = seconds
 
     def recv_some(self, view: memoryview) -> int:
-        while True:
+        while not self._aborted:
             try:
                 return os.readv(self._read_fd, [view])
             except BlockingIOError:
                 self._wait(self._readable)
+        raise ConnectionAbortedError
 
     def send_some(self, views: Sequence[memoryview]) -> int:
-        while True:
+        while not self._aborted:
             try:
                 return os.writev(self._write_fd, views)
             except BlockingIOError:
                 self._wait(self._writable)
+        raise ConnectionAbortedError
 
     def _wait(self, poller: select.poll) -> None:
         if not self._seconds:
             raise BlockingIOError
-        events = poller.poll(self._seconds * 1000)
-        if self._aborted:
-            raise ConnectionAbortedError
-        if not events:
+        if not poller.poll(self._seconds * 1000):
             raise TimeoutError
 
     def explain(self, error: OSError | None) -> TransportError:

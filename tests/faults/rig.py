@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -380,10 +381,18 @@ def peak_bytes(pid: int) -> int:
     return int(found[1]) << 10
 
 
-def keys_for(pen: Pen, *names: str, ca: str = "pki") -> dict[str, Path]:
-    """A CA in the pen, and a certificate for each name."""
+#: CAs of tests are this old, so that they can have signed what has expired since.
+LONG_AGO: Final = datetime.now(UTC) - timedelta(days=40)
+
+
+def keys_for(pen: Pen, *names: str, ca: str = "pki", expired: bool = False) -> dict[str, Path]:
+    """A CA in the pen, and a certificate for each name.
+
+    :param expired: give certificates that were good for a day, long ago.
+    """
     directory = pen.directory / ca
-    pki.init(directory, ca)
+    if not directory.exists():
+        pki.init(directory, ca, now=LONG_AGO)
     for name in names:
-        pki.issue(directory, name, ["127.0.0.1"], 2)
+        pki.issue(directory, name, ["127.0.0.1"], 1, now=LONG_AGO if expired else None)
     return {name: directory / name for name in names}

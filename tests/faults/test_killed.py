@@ -162,7 +162,10 @@ def test_the_sources_supervisor_dies_in_precopy_and_nothing_of_the_machine_is_le
     a.becomes("")
     b.becomes("")
     assert b.outcome_of(job)["running_on"] != "destination"
-    assert [str(process) for process in a.pen.processes() if "devices." in str(process)] == []
+    eventually(
+        lambda: not [process for process in a.pen.processes() if "devices." in str(process)],
+        "no device process is left",
+    )
 
 
 # -- device processes ------------------------------------------------------------------------------------------------------

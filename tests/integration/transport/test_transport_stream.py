@@ -215,7 +215,9 @@ def test_a_dial_that_is_cancelled_returns_at_once_and_closes_what_comes_late(
 def test_a_dial_ends_by_its_deadline(server: Server, hosts: Hosts) -> None:
     with pytest.raises(TransportError, match="in time"):
         asyncio.run(dial_control(server.destination(), hosts.a, SESSION, timeout=0.2))
-    assert not set_up_threads()
+    for thread in set_up_threads():
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_a_missing_socket_and_local_and_an_empty_host_are_refused_with_a_remedy(

@@ -272,6 +272,31 @@ def test_extents_are_the_pages_that_were_touched_and_looking_touches_none(
     memory.close()
 
 
+def test_two_regions_of_one_memfd_keep_to_their_own_part() -> None:
+    fd = create_memfd("both", 48 * PAGE_SIZE)
+    memory = GuestMemory()
+    memory.attach(GuestAddress(0), 16 * PAGE_SIZE, fd, RegionOffset(32 * PAGE_SIZE))
+    memory.attach(HIGH, 32 * PAGE_SIZE, fd)
+    os.close(fd)
+    runs = PageRuns([(1, 1), (14, 3), (40, 8)])
+    memory.scatter(runs, np.ones((12, PAGE_WORDS), dtype=np.uint64))
+    every = DirtyBitmap.full(48)
+    assert memory.data_extents() == runs
+    assert [
+        (region.first_page, holes._with_data(region, PageRuns([(0, 16)])).tolist())
+        for region in memory.regions
+    ] == [(0, [1, 14, 15]), (16, [0])]
+    assert holes.with_data(memory, every).runs() == runs
+    other = GuestMemory.create(memory.specs())
+    assert memory.difference(other).runs() == runs
+    memory.punch(PageRuns([(14, 3)]))
+    assert memory.data_extents() == PageRuns([(1, 1), (40, 8)])
+    other.scatter(PageRuns([(1, 1), (40, 8)]), np.ones((9, PAGE_WORDS), dtype=np.uint64))
+    assert memory.digest_blocks(PAGE_SIZE) == other.digest_blocks(PAGE_SIZE)
+    memory.close()
+    other.close()
+
+
 def test_few_pages_far_apart_are_asked_for_one_by_one() -> None:
     memory = GuestMemory.create([RegionSpec(GuestAddress(0), 20000 * PAGE_SIZE)])
     pages = memory.regions[0].pages

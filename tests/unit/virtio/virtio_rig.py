@@ -136,6 +136,9 @@ class Disk:
         return bool(select.select([self.eventfds[vector]], [], [], seconds)[0]) and bool(self.edges(vector))
 
     def close(self) -> None:
+        for runner in self.device.runners:
+            if runner._running is not None and runner._thread is threading.current_thread():
+                runner.run()  # what a test has left half done
         with self.device.lock:
             self.device.close()
         for irq in self.device.all_irqs:

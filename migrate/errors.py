@@ -2,6 +2,7 @@
 
     FerryError                      exit 1  failed, the source runs
     ├── UsageError                  exit 2  the words of a call, a machine.toml, a host.toml
+    ├── DeniedError                 exit 1  the caller is a user who may only look
     ├── IncompatibleError           exit 3  refused before anything was stopped; carries *all* reasons
     ├── InDoubtError                exit 4  COMMIT is in the ledger and the peer is silent; the machine is stopped
     ├── InterruptedByUser           exit 130
@@ -126,6 +127,10 @@ class FerryError(Exception):
 class UsageError(FerryError):
     exit_code = 2
     code = "Usage"
+
+
+class DeniedError(FerryError):
+    code = "Denied"
 
 
 class IncompatibleError(FerryError):

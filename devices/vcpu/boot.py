@@ -5,7 +5,7 @@
     0x008   8      bytes of RAM from address 0
     0x010   4      number of devices
     0x014   4      address of the platform page (platform_page.py has its registers)
-    0x020   40 n   one entry a device: type (24 bytes, NUL-padded), gpa (8), irq (4), 4 unused
+    0x020   40 n   one entry a device: type (24 bytes, NUL-padded), gpa (8), irq (4), lines from irq on (4)
     0x800   2048   command line, NUL-terminated: words key=value
 
 Little-endian. A machine that comes in from another host brings this page with its memory; nothing is written there.
@@ -24,7 +24,7 @@ GPA: Final = 0x1000
 _SIZE: Final = 0x1000
 _MAGIC: Final = b"VMFERRY1"
 _HEADER: Final = struct.Struct("<8sQII8x")
-_ENTRY: Final = struct.Struct("<24sQI4x")
+_ENTRY: Final = struct.Struct("<24sQII")
 _CMDLINE: Final = 0x800
 MAX_DEVICES: Final = (_CMDLINE - _HEADER.size) // _ENTRY.size
 MAX_TYPE: Final = 23
@@ -47,7 +47,7 @@ def _entry(device: DeviceEntry) -> bytes:
     name = device.type.encode()
     if len(name) > MAX_TYPE:
         raise _too_much(f"the device type {device.type!r}; it takes {MAX_TYPE} bytes")
-    return _ENTRY.pack(name, device.gpa, device.irq)
+    return _ENTRY.pack(name, device.gpa, device.irq, device.vectors)
 
 
 def program(platform: PlatformFile) -> bytes:

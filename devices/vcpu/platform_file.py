@@ -1,6 +1,6 @@
 """The platform file: what the supervisor tells the vCPU process about the machine. JSON, read once at start.
 
-{"devices": [{"id": "uart0", "type": "uart16550", "socket": "/run/…", "gpa": 3489660928, "irq": 0}, …],
+{"devices": [{"id": "uart0", "type": "uart16550", "socket": "/run/…", "gpa": 3489660928, "irq": 0, "vectors": 1}, …],
  "guest": "/path/guest.bin" or null, "cmdline": "dirty=64", "entry_gpa": 1048576}
 """
 
@@ -14,8 +14,9 @@ from typing import Any, Final
 from devices.vcpu import platform_page
 from migrate.errors import Phase, UsageError
 
-#: The largest window that a device gets.
+#: The largest window that a device gets. Of a PCI function it begins with BAR 0, and here has its configuration space.
 WINDOW_SIZE: Final = 0x0100_0000
+CONFIG_OFFSET: Final = 0x00F0_0000
 DEFAULT_ENTRY: Final = 0x10_0000
 #: Our own guest, which travels with the package.
 BUILT_IN_GUEST: Final = Path(__file__).parent / "guest" / "guest.bin"
@@ -26,6 +27,7 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "socket": (str,),
     "gpa": (int,),
     "irq": (int,),
+    "vectors": (int,),
     "devices": (list,),
     "guest": (str, type(None)),
     "cmdline": (str,),
@@ -35,13 +37,19 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
-    """One device: where its process listens (vfio-user), where the guest sees it, which interrupt line is its."""
+    """One device: where its process listens (vfio-user), where the guest sees it, which interrupt lines are its."""
 
     id: str
     type: str
     socket: str
     gpa: int
     irq: int
+    #: Lines from `irq` on: one a MSI-X vector of a PCI function.
+    vectors: int = 1
+
+    @property
+    def lines(self) -> range:
+        return range(self.irq, self.irq + self.vectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +64,14 @@ class PlatformFile:
     def __post_init__(self) -> None:
         seen: dict[tuple[str, object], str] = {}
         for device in self.devices:
-            if not 0 <= device.irq < platform_page.LINES:
-                raise _wrong(f"{device.id} has irq {device.irq}; there are {platform_page.LINES}")
+            if device.irq < 0 or device.vectors < 1 or device.lines.stop > platform_page.LINES:
+                raise _wrong(
+                    f"{device.id} has irq {device.irq}, vectors {device.vectors}; there are {platform_page.LINES} lines"
+                )
             if device.gpa % WINDOW_SIZE or device.gpa < 0 or _overlaps_platform_page(device.gpa):
                 raise _wrong(f"{device.id} has gpa {device.gpa:#x}: not a free multiple of {WINDOW_SIZE:#x}")
-            for what, value in (("id", device.id), ("gpa", device.gpa), ("irq", device.irq)):
+            lines = [("irq", line) for line in device.lines]
+            for what, value in (("id", device.id), ("gpa", device.gpa), *lines):
                 other = seen.setdefault((what, value), device.id)
                 if other is not device.id:
                     raise _wrong(f"{other} and {device.id} have the same {what}, {value}")
@@ -77,7 +88,7 @@ class PlatformFile:
         )
         required = {"id", "type", "socket", "gpa", "irq"}
         devices = tuple(
-            DeviceEntry(**_fields(entry, f"devices[{index}]", required=required, optional=set()))
+            DeviceEntry(**_fields(entry, f"devices[{index}]", required=required, optional={"vectors"}))
             for index, entry in enumerate(fields["devices"])
         )
         guest = fields.get("guest")

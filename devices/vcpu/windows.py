@@ -11,75 +11,93 @@ from contextlib import contextmanager
 from typing import Self
 
 from devices.protocols.vfio_user.client import Client
+from devices.protocols.vfio_user.messages import DeviceFlags
 from devices.vcpu.engine import Engine
-from devices.vcpu.platform_file import WINDOW_SIZE, DeviceEntry
+from devices.vcpu.platform_file import CONFIG_OFFSET, WINDOW_SIZE, DeviceEntry
 from devices.vcpu.platform_page import PlatformPage
 from migrate.errors import DeviceError, DeviceRefused, Phase
 from migrate.memory.addresses import PAGE_SIZE
 from migrate.memory.mapping import Region
 
-#: Of a device's regions the guest sees this one.
-_REGION = 0
+#: Of a device's regions the guest sees this one, which is BAR 0 of a PCI function, and of such a one also its configuration.
+_REGION, _CONFIG = 0, 7
+#: Where interrupts are: index 0, and of a PCI function MSI-X. VFIO's numbers.
+_IRQ, _MSIX = 0, 2
 
 
 class Window:
-    """Region 0 of one device."""
+    """What the guest sees of one device."""
 
-    def __init__(self, client: Client, size: int) -> None:
+    def __init__(self, client: Client) -> None:
         """Use `open`."""
         self._client = client
-        self._size = size
 
     @classmethod
     def open(cls, entry: DeviceEntry, engine: Engine, page: PlatformPage) -> Self:
-        """Connect, have its interrupt raise its line of the platform page, and show its registers to the guest.
+        """Connect, have its interrupts raise its lines of the platform page, and show its registers to the guest.
 
         :raise DeviceGone, DeviceTimeout, DeviceRefused: it is not there, does not answer, or is not usable here.
         """
         with _named(entry.id):
-            return cls._open(entry, engine, page)
+            client = Client.connect(entry.socket, device=entry.id)
+            try:
+                cls(client)._show(entry, engine, page)
+            except BaseException:
+                client.close()
+                raise
+            return cls(client)
 
-    @classmethod
-    def _open(cls, entry: DeviceEntry, engine: Engine, page: PlatformPage) -> Self:
-        client = Client.connect(entry.socket, device=entry.id)
-        try:
-            info = client.info()
-            size = client.region_info(_REGION).size if info.regions else 0
-            if not 0 < size <= WINDOW_SIZE:
+    def _show(self, entry: DeviceEntry, engine: Engine, page: PlatformPage) -> None:
+        info = self._client.info()
+        pci = bool(info.flags & DeviceFlags.PCI)
+        regions = {_REGION: (entry.gpa, CONFIG_OFFSET if pci else WINDOW_SIZE)}
+        if pci:
+            regions[_CONFIG] = (entry.gpa + CONFIG_OFFSET, PAGE_SIZE)
+        for region, (gpa, room) in regions.items():
+            size = self._client.region_info(region).size if region < info.regions else 0
+            if not 0 < size <= room:
                 raise DeviceRefused(
-                    f"its region 0 has {size} bytes; the guest can see 1 to {WINDOW_SIZE}",
+                    f"its region {region} has {size} bytes; the guest can see 1 to {room}",
                     remedy="this device does not fit into the embedded machine",
                     phase=Phase.SETUP,
                     device=entry.id,
                 )
-            if info.irqs:
-                client.set_irq_eventfd(0, page.line(entry.irq))
-            window = cls(client, size)
-            engine.map_window(entry.gpa, -(-size // PAGE_SIZE) * PAGE_SIZE, window.read, window.write)
-        except BaseException:
-            client.close()
-            raise
-        return window
+            registers = _Registers(self._client, region, size)
+            engine.map_window(gpa, -(-size // PAGE_SIZE) * PAGE_SIZE, registers.read, registers.write)
+        index = _MSIX if pci else _IRQ
+        count = self._client.irq_info(index).count if index < info.irqs else 0
+        # A function may have more vectors than the machine gives it lines: its driver is told how many it may use.
+        for number, line in enumerate(entry.lines[:count]):
+            self._client.set_irq_eventfd(index, page.line(line), number)
 
     def map_memory(self, region: Region) -> None:
         """Let the device reach a region of guest memory."""
         with _named(self._client.device):
             self._client.dma_map(region.gpa, region.size, region.fd, region.offset)
 
+    def close(self) -> None:
+        self._client.close()
+
+
+class _Registers:
+    """One region, as the guest's accesses reach it."""
+
+    def __init__(self, client: Client, region: int, size: int) -> None:
+        self._client = client
+        self._region = region
+        self._size = size
+
     def read(self, offset: int, size: int) -> int:
         # Between the region's end and the page's there is nothing, as on a bus where nobody answers.
         if offset + size > self._size:
             return 0
         with _named(self._client.device):
-            return self._client.region_read(_REGION, offset, size)
+            return self._client.region_read(self._region, offset, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset + size <= self._size:
             with _named(self._client.device):
-                self._client.region_write(_REGION, offset, size, value)
-
-    def close(self) -> None:
-        self._client.close()
+                self._client.region_write(self._region, offset, size, value)
 
 
 @contextmanager

@@ -6,12 +6,13 @@ import asyncio
 import difflib
 import json
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote
 
 from migrate.bus import library
+from migrate.bus.callers import Guard
 from migrate.bus.connection import Bus
 from migrate.bus.service import Call, Interface, Method, Property, Signal
 from migrate.errors import BusError, UsageError
@@ -24,9 +25,13 @@ PATH: Final = "/org/vmferry/Host1"
 QUICK, SLOW = 10.0, 120.0
 
 
+#: An integer that four bytes may not hold.
+_WIDE: Final = {"signature": "t"}
+
+
 @dataclass(frozen=True, slots=True)
 class MigrateOptions:
-    """What the caller of Migrate may say; on the bus an `a{sv}` of what differs from the defaults."""
+    """What the caller of Migrate and Check may say; on the bus an `a{sv}` of what differs from the defaults."""
 
     connections: int = 1  #: page channels; 0: pages go in line on the control channel
     downtime_ms: int = 300  #: how long the guest may stand still
@@ -35,6 +40,9 @@ class MigrateOptions:
     keep: str = ""  #: a directory that blobs are left in; "": none
     hold: str = ""  #: points to wait at, separated by commas; for tests
     doubt_seconds: int = 30  #: how long to ask a silent peer before the job ends *in doubt*
+    bandwidth: int = field(default=0, metadata=_WIDE)  #: bytes/s that pages may take; 0: no limit
+    timeout_seconds: int = 0  #: how long pre-copy may go on; 0: as long as it brings the remainder down
+    on_stall: str = "abort"  #: or "extend-downtime", "wait": what to do when it no longer does
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,34 +52,45 @@ class RunOptions:
     fresh: bool = False  #: start it although the ledger says that it was moved away
 
 
-Options = TypeVar("Options", MigrateOptions, RunOptions)
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What SetLimits changes while a migration goes on; -1: as it is."""
+
+    downtime_ms: int = -1  #: how long the guest may stand still
+    bandwidth: int = field(default=-1, metadata=_WIDE)  #: bytes/s that pages may take; 0: no limit
+
+
+Options = TypeVar("Options", MigrateOptions, RunOptions, Limits)
 _SIGNATURES: Final = {int: "u", bool: "b", str: "s"}
 
 
-def options_to_bus(options: MigrateOptions | RunOptions) -> dict[str, Any]:
+def _signature(item: Field[Any]) -> str:
+    return str(item.metadata.get("signature") or _SIGNATURES[type(item.default)])
+
+
+def options_to_bus(options: MigrateOptions | RunOptions | Limits) -> dict[str, Any]:
     """The `a{sv}` of what is not a default."""
-    values = ((item.name, getattr(options, item.name), item.default) for item in fields(options))
     return {
-        name: library.variant(_SIGNATURES[type(value)], value)
-        for name, value, default in values
-        if value != default
+        item.name: library.variant(_signature(item), getattr(options, item.name))
+        for item in fields(options)
+        if getattr(options, item.name) != item.default
     }
 
 
 def options_from_bus(kind: type[Options], given: Mapping[str, Any]) -> Options:
     """:raises UsageError: for an option that is not known (naming the nearest) or of another type."""
-    defaults = {item.name: item.default for item in fields(kind)}
+    known = {item.name: item for item in fields(kind)}
     for name, value in given.items():
-        if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, 1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
             raise UsageError(
                 f"there is no option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""),
-                remedy=f"known options: {', '.join(defaults)}",
+                remedy=f"known options: {', '.join(known)}",
             )
-        if type(value) is not type(defaults[name]):
+        if type(value) is not type(known[name].default):
             raise UsageError(
                 f"the option {name} is {value!r}",
-                remedy=f"its D-Bus type is {_SIGNATURES[type(defaults[name])]!r}",
+                remedy=f"its D-Bus type is {_signature(known[name])!r}",
             )
     return kind(**given)
 
@@ -92,12 +111,17 @@ class HostService(Protocol):
     async def resolve(self, name: str, keep: str) -> str: ...
     async def cancel(self, name: str) -> None: ...
     async def proceed(self, name: str) -> None: ...
+    async def set_limits(self, name: str, limits: Limits) -> None: ...
     async def job_events(self, job: str) -> list[str]: ...
 
 
-def host_interface(service: HostService) -> Interface:
-    def method(name: str, takes: str, gives: str, names: str, out: str, handler: Any) -> Method:
-        async def serve(_call: Call, *args: Any) -> Any:
+def host_interface(service: HostService, guard: Guard) -> Interface:
+    def method(
+        name: str, takes: str, gives: str, names: str, out: str, handler: Any, looks: bool = False
+    ) -> Method:
+        async def serve(call: Call, *args: Any) -> Any:
+            if not looks:
+                await guard(call)
             return await handler(*args)
 
         return Method(name, takes, gives, names.split(), out.split(), serve)
@@ -113,6 +137,9 @@ def host_interface(service: HostService) -> Interface:
     async def migrate(name: str, to: str, options: Mapping[str, Any]) -> str:
         return await s.migrate(name, to, options_from_bus(MigrateOptions, options))
 
+    async def set_limits(name: str, limits: Mapping[str, Any]) -> None:
+        await s.set_limits(name, options_from_bus(Limits, limits))
+
     async def recover(name: str, options: Mapping[str, Any]) -> str:
         if options:
             raise UsageError("Recover knows no options yet", remedy="give an empty a{sv}")
@@ -122,7 +149,7 @@ def host_interface(service: HostService) -> Interface:
         INTERFACE,
         methods=[
             method("RunMachine", "sa{sv}", "s", "path options", "machine", run_machine),
-            method("ListMachines", "", "s", "", "machines", list_machines),
+            method("ListMachines", "", "s", "", "machines", list_machines, looks=True),
             method("StopMachine", "sb", "", "name force", "", s.stop_machine),
             method("PauseMachine", "s", "", "name", "", s.pause_machine),
             method("ResumeMachine", "s", "", "name", "", s.resume_machine),
@@ -131,7 +158,8 @@ def host_interface(service: HostService) -> Interface:
             method("Resolve", "ss", "s", "name keep", "state", s.resolve),
             method("Cancel", "s", "", "name", "", s.cancel),
             method("Continue", "s", "", "name", "", s.proceed),
-            method("JobEvents", "s", "as", "job", "lines", s.job_events),
+            method("SetLimits", "sa{sv}", "", "name limits", "", set_limits),
+            method("JobEvents", "s", "as", "job", "lines", s.job_events, looks=True),
         ],
         properties=[
             Property("Name", "s", s.name),
@@ -152,16 +180,22 @@ class HostClient:
         self._bus = bus
 
     @classmethod
-    async def connect(cls, directory: Path) -> HostClient:
-        """Connect to the daemon of a host's directory, an absolute path.
+    async def connect(cls, where: Path | str) -> HostClient:
+        """Connect to the daemon of a host's directory (a path, absolute), or to the one on a bus (its address, as text).
 
         :raises BusError: if none runs there.
         """
+        if isinstance(where, str):
+            bus = await Bus.connect(where)
+            if not await bus.queued_owners(NAME):
+                await bus.close()
+                raise BusError(f"no `ferry host` is on the bus {where}", remedy="start it with this --bus")
+            return cls(bus)
         try:
-            return cls(await Bus.connect("unix:path=" + quote(str(directory / "bus"), safe="/-_.")))
+            return cls(await Bus.connect("unix:path=" + quote(str(where / "bus"), safe="/-_.")))
         except BusError:
             raise BusError(
-                f"no `ferry host` runs in {directory}",
+                f"no `ferry host` runs in {where}",
                 remedy="start it, or name its directory by --dir or FERRY_DIR",
             ) from None
 
@@ -217,6 +251,9 @@ class HostClient:
 
     async def proceed(self, name: str) -> None:
         await self._call("Continue", "s", name)
+
+    async def set_limits(self, name: str, limits: Limits) -> None:
+        await self._call("SetLimits", "sa{sv}", name, options_to_bus(limits))
 
     async def job_events(self, job: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in await self._call("JobEvents", "s", job, gives="as")]

@@ -28,6 +28,7 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "resume": "let a paused machine go on",
         "check": "could this machine go there? Every reason against it, and nothing moves",
         "migrate": "move a running machine to another host",
+        "set": "change the limits of a migration while it goes on",
         "cancel": "take a migration back; the machine goes on here",
         "recover": "ask the other host who runs a machine that is in doubt",
         "resolve": "decide who runs a machine in doubt, after fencing the other host",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from migrate.cli.words import add_directory, add_json, explain
+from migrate.cli.words import add_directory, add_json, explain, positive, rate
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "whatever fails before the last word, the machine goes on here. Ctrl-C takes the migration back.\n\n"
         "A destination is tls://HOST:PORT, unix:/PATH, or exec:COMMAND such as 'exec:ssh hostb ferry accept'.",
         "ferry migrate web1 --to tls://hostb.example:4789\n"
-        "ferry migrate web1 --to 'exec:ssh hostb ferry accept' --connections 2 --downtime 50",
+        "ferry migrate web1 --to 'exec:ssh hostb ferry accept' --connections 2 --downtime 50\n"
+        "ferry migrate web1 --to tls://hostb.example:4789 --bandwidth 100M --timeout 600 --on-stall extend-downtime",
         (0, 1, 2, 3, 4, 130),
     )
     parser.add_argument("name", metavar="NAME", help="the machine")
@@ -30,9 +31,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--downtime",
         metavar="MS",
-        type=_positive,
+        type=positive,
         default=300,
         help="how long the guest may stand still (default 300)",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        metavar="RATE",
+        type=rate,
+        default=0,
+        help="bytes a second that memory may take, such as 100M (K, M, G: powers of 1024; default: no limit)",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=positive,
+        default=0,
+        help="give up when the guest could not be stopped by then (default: none)",
+    )
+    parser.add_argument(
+        "--on-stall",
+        choices=("abort", "extend-downtime", "wait"),
+        default="abort",
+        help="when rounds no longer bring the rest down: give up (the default), allow up to 8 times the downtime, or go on",
     )
     parser.add_argument(
         "--verify",
@@ -41,7 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep", metavar="DIR", default="", help="leave the devices' state blobs there")
     parser.add_argument("--hold", metavar="POINT", action="append", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--doubt-seconds", type=_positive, default=30, help=argparse.SUPPRESS)
+    parser.add_argument("--doubt-seconds", type=positive, default=30, help=argparse.SUPPRESS)
     add_directory(parser)
     add_json(parser)
 
@@ -53,16 +74,8 @@ def _connections(text: str) -> int:
     return value
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
 # What argparse says of words that are no numbers at all.
 _connections.__name__ = "number of connections"
-_positive.__name__ = "number"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,6 +96,9 @@ def run(args: argparse.Namespace) -> int:
         keep=os.path.abspath(args.keep) if args.keep else "",
         hold=",".join(args.hold),
         doubt_seconds=args.doubt_seconds,
+        bandwidth=args.bandwidth,
+        timeout_seconds=args.timeout,
+        on_stall=args.on_stall,
     )
 
     async def migrate(client: HostClient) -> int:

@@ -34,7 +34,10 @@ class Report:
         self._output = output
         self._phase = ""
         self._round: dict[str, Any] = {}
+        self._limits: dict[str, Any] = {}
         self._shown: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+            "job": self._show_limits,
+            "limits": self._show_limits,
             "phase": self._show_phase,
             "round": self._show_round,
             "progress": self._show_progress,
@@ -55,6 +58,17 @@ class Report:
     def _show_phase(self, event: Mapping[str, Any]) -> None:
         self._phase = str(event.get("phase"))
         self._update(self._line(), f"phase: {self._phase}")
+
+    def _show_limits(self, event: Mapping[str, Any]) -> None:
+        """What holds from now on; said where it is changed by somebody else than who started the job."""
+        self._limits |= {key: event[key] for key in ("downtime_ms", "bandwidth") if key in event}
+        if event.get("event") == "limits":
+            rate = self._limits.get("bandwidth")
+            self._update(
+                self._line(),
+                f"limits: downtime {duration(self._limits.get('downtime_ms') or 0)}, "
+                + (f"bandwidth {size(rate)}/s" if rate else "no limit of bandwidth"),
+            )
 
     def _show_round(self, event: Mapping[str, Any]) -> None:
         self._round = dict(event)
@@ -77,9 +91,12 @@ class Report:
             return f"{self._phase} …"
         words = [f"round {known['n']}", f"remaining {size(known.get('remaining') or 0)}"]
         if "send_rate" in known:
+            rate, allowed = self._limits.get("bandwidth"), self._limits.get("downtime_ms")
             words += [
-                f"dirty {size(known.get('dirty_rate') or 0)}/s, send {size(known['send_rate'])}/s",
-                f"expected downtime {duration(known.get('expected_downtime_ms') or 0)}",
+                f"dirty {size(known.get('dirty_rate') or 0)}/s, send {size(known['send_rate'])}/s"
+                + (f" (limit {size(rate)}/s)" if rate else ""),
+                f"expected downtime {duration(known.get('expected_downtime_ms') or 0)}"
+                + (f" of {allowed:g}" if allowed else ""),
             ]
         if self._phase not in ("", "pre-copy"):
             words.insert(0, self._phase)

@@ -59,6 +59,29 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def rate(text: str) -> int:
+    """Bytes a second: a number, with K, M or G for powers of 1024; "0" or "none" for no limit."""
+    if text == "none":
+        return 0
+    shift = {"k": 10, "m": 20, "g": 30}.get(text[-1:].lower(), 0)
+    value = float(text[:-1] if shift else text) * (1 << shift)
+    if not 0 <= value < 1 << 60:
+        raise argparse.ArgumentTypeError(f"{text} is not a rate that anything has")
+    return round(value)
+
+
+# What argparse says of words that are no numbers at all.
+positive.__name__ = "number"
+rate.__name__ = "rate"
+
+
 def directory_of(args: argparse.Namespace) -> Path:
     """The host's directory, absolute.
 

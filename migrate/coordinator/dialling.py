@@ -86,7 +86,7 @@ class InlineChannel:
             raise ChannelClosed("the channel was closed here", phase=Phase.PRECOPY)
         asyncio.run_coroutine_threadsafe(self._link.write(bytes(data)), self._loop).result(STALL_SECONDS)
 
-    def send_runs(self, views: Sequence[memoryview]) -> None:
+    def send_runs(self, views: Sequence[memoryview], places: Sequence[tuple[int, int]] = ()) -> None:
         self.send(b"".join(views))
 
     def recv_into(self, view: memoryview) -> None:

@@ -176,12 +176,12 @@ class PageReceiver:
             pass  # the loop is closed: nobody is left who wants to know
 
     def _mark(self, index: int, mark: Mark) -> None:
-        self._marks.setdefault(mark.round_number, {})[index] = mark.digest
-        if len(self._marks) > MAX_OPEN_ROUNDS:
-            self._fail(
-                RemoteProtocolError("page channels ended rounds that were never begun", phase=Phase.PRECOPY)
-            )
+        if len(self._marks) >= MAX_OPEN_ROUNDS and mark.round_number not in self._marks:
+            error = "a page channel ended rounds that were never begun"
+            self._fail(RemoteProtocolError(error, phase=Phase.PRECOPY))
             self._stopping.set()
+            return
+        self._marks.setdefault(mark.round_number, {})[index] = mark.digest
         self._changed.set()
 
     def _fail(self, error: FerryError) -> None:

@@ -1,8 +1,8 @@
 """Pages out: worker threads that send page runs over the channels of a migration. Knows no rounds' policy and no devices.
 
-Long runs go straight from the mapping; short ones are gathered by one NumPy operation into a staging buffer, so that no Python
-object is made a page. A round ends with MARK on every channel; the destination acknowledges it on the control channel when every
-channel's MARK has come, so a page is never overtaken by an older copy of itself.
+Long runs go straight from the memfd or the mapping; short ones are gathered by one NumPy operation into a staging buffer, so that
+no Python object is made a page. A round ends with MARK on every channel; the destination acknowledges it on the control channel
+when every channel's MARK has come, so a page is never overtaken by an older copy of itself.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from migrate.protocol import frames
 from migrate.protocol.frames import Kind
 
 #: Pages in one frame: large enough to keep a TLS channel busy, small enough to share work among channels.
-FRAME_PAGES = 1024
+FRAME_PAGES = 2048
 #: Pages planned in one go, 1 ms of work; of large memories more, for every plan costs a pass over whole bitmaps as well.
 PLAN_PAGES = 16384
 MOST_PLANS = 64
 #: Below this mean length of a run, in pages, copying into one buffer is cheaper than one system call argument a run.
 GATHER_BELOW = 16
+#: From this mean length on a run is worth a system call of its own, which copies it once less.
+FROM_FILE_ABOVE = 64
 NO_PAGES = np.empty(0, np.uint64)
 
 
@@ -41,7 +43,7 @@ class Channel(Protocol):
     peer: str
 
     def send(self, data: memoryview | bytes) -> None: ...
-    def send_runs(self, views: Sequence[memoryview]) -> None: ...
+    def send_runs(self, views: Sequence[memoryview], places: Sequence[tuple[int, int]] = ()) -> None: ...
     def recv_into(self, view: memoryview) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
@@ -144,11 +146,15 @@ class PageSender:
                 if len(table) > frames.MAX_RUNS:  # a run that goes over a region's end counts twice
                     raise ValueError("a frame's runs were cut too long")
                 head = frames.encode_table(item.kind, number, table[:, 0], table[:, 1], digested=last)
-                views = self._views(item, staging)
+                views, places = self._views(item, staging)
                 if last:
                     for view in [memoryview(head)[frames.HEADER_SIZE :], *views]:
                         digest.update(view)
-                channel.send_runs([memoryview(head), *views])
+                if places:
+                    channel.send(head)
+                    channel.send_runs(views, places)
+                else:
+                    channel.send_runs([memoryview(head), *views])
                 size = len(head) + sum(view.nbytes for view in views)
                 self.limit.pay(size)
                 with self._counting:
@@ -162,16 +168,18 @@ class PageSender:
             raise
         return digest.digest()
 
-    def _views(self, item: Item, staging: Pages) -> list[memoryview]:
+    def _views(self, item: Item, staging: Pages) -> tuple[list[memoryview], list[tuple[int, int]]]:
+        """The item's bytes, and where they lie in memfds if they should be sent from there."""
         if item.kind is Kind.ZERO:
-            return []
+            return [], []
         if item.copy is not None:
-            return [item.copy.data.cast("B")]
+            return [item.copy.data.cast("B")], []
         if item.runs.pages < GATHER_BELOW * len(item.runs):
             part = staging[: item.runs.pages]
             self.memory.gather(item.runs, part)
-            return [part.data.cast("B")]
-        return self.memory.views(item.runs)
+            return [part.data.cast("B")], []
+        long = item.runs.pages >= FROM_FILE_ABOVE * len(item.runs)
+        return self.memory.views(item.runs), self.memory.places(item.runs) if long else []
 
     def close(self) -> None:
         self.limit.set(0)  # nobody sleeps through the end

@@ -147,19 +147,17 @@ class Transfer:
     async def last_pass(self, number: int, dirty: DirtyBitmap) -> tuple[tuple[dict[str, bytes], Times], Sent]:
         """The last pages, chunks and blobs of a machine that stands still; each goes as soon as it is there, then STOPPED."""
         start = time.monotonic()
-        work = [
-            asyncio.ensure_future(self._last_pages(number, dirty)),
-            asyncio.ensure_future(self._send_chunks({}, Phase.SAVE)),
-        ]
+        pages = asyncio.ensure_future(self._last_pages(number, dirty))
+        chunks = asyncio.ensure_future(self._send_chunks({}, Phase.SAVE))
         try:
             saved = await self.parts.save(self.versions, phase=Phase.SAVE)
             for device, blob in saved[0].items():
                 await self.link.send(m.State(device, blob))
-            sent, _ = await asyncio.gather(*work)
+            sent, _ = await asyncio.gather(pages, chunks)
         finally:
-            for part in work:
-                part.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+            pages.cancel()
+            chunks.cancel()
+            await asyncio.gather(pages, chunks, return_exceptions=True)
         self._account(RoundStats(number, sent.pages, sent.size, time.monotonic() - start, 0.0), sent)
         return saved, sent
 

@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from migrate.bus import Bus, PrivateBus
-from migrate.bus.host import INTERFACE, NAME, PATH, host_interface
-from migrate.errors import BusError, FerryError, UsageError
+from migrate.bus.objects import Objects
+from migrate.bus.status import ROOT
+from migrate.errors import UsageError
+from migrate.host.buses import Buses
 from migrate.host.doubt import Doubt
 from migrate.host.incoming import Incoming
 from migrate.host.jobs import COORDINATOR, Job, Jobs
@@ -28,6 +29,7 @@ from migrate.host.machines import Machines
 from migrate.host.outcome import conclude
 from migrate.host.service import HostFace
 from migrate.host.stdio import StdioDoor
+from migrate.host.tree import Tree
 from migrate.machine import hostconfig
 from migrate.machine.ledger import incarnation_of
 from migrate.transport import tls
@@ -35,9 +37,6 @@ from migrate.transport.listener import Arrival, listen
 from migrate.transport.uri import UnixDestination, parse_listen
 
 log = logging.getLogger(__name__)
-
-#: Pause between attempts to bring our own bus back, s.
-BUS_AGAIN_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,7 @@ class HostOptions:
     listen: Sequence[str] = ()  #: URIs
     pki: Path | None = None  #: what `ferry pki issue` made for this host
     allow: Sequence[str] = ()  #: names of certificates of other hosts
+    bus: str = ""  #: a bus to be managed on beside its own: "system", "session" or an address
     hold: Sequence[str] = ()  #: points at which machines that arrive wait; for tests
 
 
@@ -61,16 +61,15 @@ class HostDaemon:
         self.listening: list[str] = []
         self._coordinator = coordinator
         self._directory = options.directory
-        self._bus: Bus | None = None
-        self._keeper: asyncio.Task[None] | None = None
-        self._private_bus = PrivateBus(self._directory / "bus")
+        self._objects = Objects(ROOT)
+        self._buses = Buses(self._directory, self._objects, options.bus)
         self._started = False
         self._up = AsyncExitStack()
 
     @property
     def address(self) -> str:
         """Of the daemon's own bus."""
-        return self._private_bus.address
+        return self._buses.address
 
     async def start(self) -> None:
         """:raises FerryError: why it cannot be; nothing is left behind then."""
@@ -90,33 +89,34 @@ class HostDaemon:
         addresses = [parse_listen(text) for text in options.listen]
         credentials = None if options.pki is None else tls.load(options.pki, options.allow)
         _lock(self._directory, up)
-        await self._private_bus.start()
-        up.push_async_callback(self._private_bus.stop)
-        up.push_async_callback(self._leave_bus)
+        up.push_async_callback(self._buses.leave)
+        await self._buses.start()
         spec = self._spec(await asyncio.to_thread(incarnation_of, self._directory))
 
-        machines = Machines(config, self._machine_changed)
+        machines = Machines(config, self._machine_changed, lambda name: self._tree.machine(name))
         self._jobs = Jobs(
             self._directory,
-            emit=self._job_event,
+            emit=lambda job, number, line: self._tree.event("JobEvent", job, number, line),
             conclude=lambda job: conclude(job, machines),
             on_end=self._job_ended,
+            on_status=lambda job, urgent: self._tree.job(job, urgent),
             command=self._coordinator,
         )
-        self._doubt = Doubt(machines, self._jobs, lambda: spec)
-        incoming = Incoming(machines, self._jobs, spec, hold=options.hold, command=self._coordinator)
-        self._interface = host_interface(
-            HostFace(
-                name=options.name,
-                incarnation=spec["incarnation"],
-                listen=self.listening,
-                spec=spec,
-                machines=machines,
-                jobs=self._jobs,
-                incoming=incoming,
-                doubt=self._doubt,
-            )
+        self._doubt = Doubt(
+            machines, self._jobs, lambda: spec, on_resolved=lambda name: self._tree.machine(name)
         )
+        incoming = Incoming(machines, self._jobs, spec, hold=options.hold, command=self._coordinator)
+        face = HostFace(
+            name=options.name,
+            incarnation=spec["incarnation"],
+            listen=self.listening,
+            spec=spec,
+            machines=machines,
+            jobs=self._jobs,
+            incoming=incoming,
+            doubt=self._doubt,
+        )
+        self._tree = Tree(self._objects, face, machines, self._jobs, self._doubt)
 
         up.push_async_callback(machines.close)
         await machines.adopt()
@@ -138,8 +138,8 @@ class HostDaemon:
         door = StdioDoor(self._directory / "stdio.sock", incoming.connection)
         up.push_async_callback(door.close)
 
-        await self._join_bus()
-        self._keeper = asyncio.get_running_loop().create_task(self._keep_bus())
+        self._tree.show_everything()
+        await self._buses.join()
         self._started = True
         self._doubt.look_everywhere()
 
@@ -158,48 +158,15 @@ class HostDaemon:
             "credentials": pki if options.pki is not None else None,
         }
 
-    # -- the bus ---------------------------------------------------------------------------------------------------------
-
-    async def _join_bus(self) -> None:
-        bus = await Bus.connect(self._private_bus.address)
-        bus.export(PATH, self._interface)
-        await bus.request_name(NAME, queue=False)
-        self._bus = bus
-
-    async def _keep_bus(self) -> None:
-        """A dbus-daemon that dies is replaced at the same path."""
-        while True:
-            status = await self._private_bus.wait_died()
-            log.error("event=bus-died status=%s", status)
-            try:
-                await self._private_bus.restart()
-                await self._join_bus()
-            except FerryError as error:
-                log.error("event=bus-not-back error=%s", error)
-                await asyncio.sleep(BUS_AGAIN_SECONDS)
-
-    async def _leave_bus(self) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        if self._bus is not None:
-            await self._bus.close()
-
-    def _emit(self, signal_name: str, signature: str, *body: Any) -> None:
-        if self._bus is not None and not self._bus.closed.is_set():
-            try:
-                self._bus.emit(PATH, INTERFACE, signal_name, signature, body)
-            except BusError as error:
-                log.info("event=not-emitted signal=%s error=%s", signal_name, error)
-
-    def _job_event(self, job: str, number: int, line: str) -> None:
-        self._emit("JobEvent", "sus", job, number, line)
+    # -- what the parts tell ---------------------------------------------------------------------------------------------
 
     def _job_ended(self, job: Job) -> None:
         self._doubt.ended(job)
+        self._tree.machine(job.machine)
 
     def _machine_changed(self, name: str, state: str, detail: str) -> None:
-        self._emit("MachineChanged", "sss", name, state, detail)
+        self._tree.event("MachineChanged", name, state, detail)
+        self._tree.machine(name)
         self._doubt.look(name)
 
 

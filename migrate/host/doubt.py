@@ -27,8 +27,19 @@ _S: Final = MachineState
 
 
 class Doubt:
-    def __init__(self, machines: Machines, jobs: Jobs, spec: Callable[[], dict[str, Any]]) -> None:
-        """:param spec: what every coordinator of this host is told."""
+    def __init__(
+        self,
+        machines: Machines,
+        jobs: Jobs,
+        spec: Callable[[], dict[str, Any]],
+        *,
+        on_resolved: Callable[[str], None] = lambda _name: None,
+    ) -> None:
+        """
+        :param spec: what every coordinator of this host is told.
+        :param on_resolved: told the name of a machine without a supervisor that was resolved.
+        """
+        self._on_resolved = on_resolved
         self._machines, self._jobs, self._spec = machines, jobs, spec
         self._pauses: dict[str, float] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -69,22 +80,24 @@ class Doubt:
 
     def without_supervisor(self) -> list[dict[str, Any]]:
         """What `ferry list` says of machines that are in doubt and have no supervisor any more."""
-        found = []
-        for name in ledger.machines(self._machines.host.directory):
-            if self._machines.get(name) is not None:
-                continue
-            try:
-                commit = self.commit_of(name)
-            except LedgerError as error:
-                found.append({"name": name, "state": "unknown", "detail": str(error), "pid": 0})
-                continue
-            if commit is not None:
-                detail = f"COMMIT was sent to {commit.peer}; it has not answered. The machine's memory is gone here"
-                found.append(
-                    {"name": name, "state": str(_S.IN_DOUBT), "detail": detail, "pid": 0}
-                    | {"job": commit.job, "epoch": commit.epoch, "peer": commit.peer}
-                )
-        return found
+        found = [self.of_ledger(name) for name in ledger.machines(self._machines.host.directory)]
+        return [machine for machine in found if machine is not None]
+
+    def of_ledger(self, name: str) -> dict[str, Any] | None:
+        """The same of one machine; None where it has a supervisor, or is not in doubt."""
+        if self._machines.get(name) is not None:
+            return None
+        try:
+            commit = self.commit_of(name)
+        except LedgerError as error:
+            return {"name": name, "state": "unknown", "detail": str(error), "pid": 0}
+        if commit is None:
+            return None
+        detail = f"COMMIT was sent to {commit.peer}; it has not answered. The machine's memory is gone here"
+        return {
+            "name": name, "state": str(_S.IN_DOUBT), "detail": detail, "pid": 0,
+            "job": commit.job, "epoch": commit.epoch, "peer": commit.peer,
+        }  # fmt: skip
 
     def commit_of(self, name: str) -> Record | None:
         """The COMMIT that a machine is in doubt about; None where it is not.
@@ -148,6 +161,7 @@ class Doubt:
         await self._stop_asking(name)
         entry = Entry.RESUMED if keep == "source" else Entry.RELEASED
         await asyncio.to_thread(self._write, name, commit, entry, f"the operator keeps the {keep}")
+        self._on_resolved(name)
         return str(_S.ENDED)
 
     def _write(self, name: str, commit: Record, entry: Entry, why: str) -> None:

@@ -20,10 +20,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
+from migrate.bus.status import JobStatus
 from migrate.errors import FerryError, UsageError
 from migrate.host.journal import Journal
+from migrate.host.progress import Progress
 from migrate.host.watched import Watched, start_time
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,9 @@ ROLLBACK_SECONDS: Final = 30.0
 END_SECONDS: Final = 5.0
 #: Journals of ended jobs that are kept.
 KEEP_JOURNALS: Final = 200
+
+#: What a job's first event says of how it was started.
+_LIMITS: Final = ("downtime_ms", "bandwidth", "timeout_seconds", "on_stall")
 
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -75,6 +81,7 @@ class Jobs:
         emit: Callable[[str, int, str], None],
         conclude: Callable[[Job], Awaitable[Mapping[str, Any]]],
         on_end: Callable[[Job], None],
+        on_status: Callable[[str, bool], None],
         command: Sequence[str] = COORDINATOR,
     ) -> None:
         """
@@ -82,13 +89,15 @@ class Jobs:
         :param emit: told job, number and line of every event.
         :param conclude: finds the outcome of a job whose coordinator ended without one.
         :param on_end: told of every job that ended, after its outcome was emitted.
+        :param on_status: told the job whose status is new, another, or no longer kept; and whether it is urgent.
         :param command: what `source` or `recover` is appended to.
         """
         self.directory = directory / "jobs"
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.command = tuple(command)
-        self._emit, self._conclude, self._on_end = emit, conclude, on_end
+        self._emit, self._conclude, self._on_end, self._on_status = emit, conclude, on_end, on_status
         self._active: dict[str, Job] = {}  # by job
+        self._progress: dict[str, Progress] = {}  # of every job whose journal is kept
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -96,6 +105,10 @@ class Jobs:
 
     def active_of(self, machine: str) -> Job | None:
         return next((job for job in self._active.values() if job.machine == machine), None)
+
+    def find(self, name: str) -> Job | None:
+        """The job of this name, or of the machine of this name, if it goes on."""
+        return self._active.get(name) or self.active_of(name)
 
     def require_free(self, machine: str) -> None:
         """:raises UsageError: if a job of this machine goes on."""
@@ -105,6 +118,11 @@ class Jobs:
                 f"a job of {machine} goes on already: {job.kind} {job.to}".rstrip(),
                 remedy=f"wait until it ends, or `ferry cancel {machine}`",
             )
+
+    def status(self, job: str) -> JobStatus | None:
+        """What is known of a job, also of one that has ended; None where nothing is kept."""
+        found = self._progress.get(job)
+        return found.status if found is not None else None
 
     def events(self, job: str) -> list[str]:
         """All events of a job so far, as they were emitted. :raises UsageError: if there is no such job."""
@@ -133,13 +151,13 @@ class Jobs:
         if self._stopping:
             raise FerryError("this host's daemon is ending", remedy="try again when it is back")
         name = secrets.token_hex(16)
-        job = self._open(name, kind, machine, to, of)
+        job = self._open(name, kind, machine, to, of, {key: spec[key] for key in _LIMITS if key in spec})
         word = "recover" if kind is Kind.RECOVER else "source"
         try:
             self._spawn(job, [*self.command, word], {**spec, "job": of or name})
         except OSError as error:
             self._close(job)
-            job.journal.path.unlink(missing_ok=True)
+            self._drop(job.journal.path)
             raise FerryError(
                 f"the coordinator cannot be started: {error.strerror}", remedy="check memory and processes"
             ) from None
@@ -156,7 +174,7 @@ class Jobs:
             raise UsageError(
                 "the migration would arrive where it comes from", remedy="give another host as --to"
             )
-        job = self._open(name, Kind.INCOMING, machine, peer, "")
+        job = self._open(name, Kind.INCOMING, machine, peer)
         job.process = process
         return job
 
@@ -164,20 +182,32 @@ class Jobs:
         """Its coordinator has ended."""
         await self._finish(job)
 
-    def _open(self, name: str, kind: Kind, machine: str, to: str, of: str) -> Job:
+    def _open(
+        self,
+        name: str,
+        kind: Kind,
+        machine: str,
+        to: str,
+        of: str = "",
+        limits: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Job:
         self._prune()
         job = self._activate(name, kind, machine, to)
         first = {"event": "job", "job": name, "kind": kind, "machine": machine, "to": to, "of": of}
-        job.journal.append({**first, "at": time.time()})
+        job.journal.append({**first, "at": time.time(), **limits})
         return job
 
     def _activate(self, name: str, kind: Kind, machine: str, to: str) -> Job:
+        progress = self._progress[name] = Progress(JobStatus(name, machine, str(kind), to))
+
         def heard(number: int, line: str, event: dict[str, Any]) -> None:
             # The outcome is told when the job is over in every respect: whoever hears it may start the next one.
             if event.get("event") == "outcome":
                 job.last = (number, line)
             else:
+                urgent = progress.take(event)
                 self._emit(name, number, line)
+                self._on_status(name, urgent)
 
         job = Job(name, kind, machine, to, Journal(self.directory / f"{name}.jsonl", heard))
         self._active[name] = job
@@ -215,13 +245,24 @@ class Jobs:
         for path in sorted(self.directory.glob("*.jsonl")):
             if not _ID.fullmatch(path.stem):
                 continue
-            journal = Journal(path, lambda *_: None)
+            progress = Progress(JobStatus(path.stem))
+            journal = Journal(path, lambda _number, _line, event, progress=progress: progress.take(event))
             journal.pump()
             journal.close()
             if journal.outcome is None and journal.first.get("event") == "job":
                 self._adopt(path.stem, journal)
             elif journal.outcome is not None:
                 path.with_suffix(".in").unlink(missing_ok=True)
+                self._keep(progress, journal.first)
+
+    def _keep(self, progress: Progress, first: Mapping[str, Any]) -> None:
+        """The status of a job that an earlier daemon saw end."""
+        status = progress.status
+        status.kind, status.machine, status.to = (
+            str(first.get(key, "")) for key in ("kind", "machine", "to")
+        )
+        self._progress[status.id] = progress
+        self._on_status(status.id, True)
 
     def _adopt(self, name: str, before: Journal) -> None:
         first = before.first
@@ -268,7 +309,9 @@ class Jobs:
             *(job.id, job.kind, job.machine, (job.journal.outcome or {}).get("outcome")),
         )
         if job.last is not None:
+            self._progress[job.id].take(job.journal.outcome or {})
             self._emit(job.id, *job.last)
+            self._on_status(job.id, True)
         self._on_end(job)
 
     def _close(self, job: Job) -> None:
@@ -286,19 +329,27 @@ class Jobs:
         kept = sorted(self.directory.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
         for path in kept[: max(0, len(kept) - KEEP_JOURNALS)]:
             if path.stem not in self._active:
-                path.unlink(missing_ok=True)
-                path.with_suffix(".log").unlink(missing_ok=True)
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".log").unlink(missing_ok=True)
+        if self._progress.pop(path.stem, None) is not None:
+            self._on_status(path.stem, True)
 
     # -- telling ---------------------------------------------------------------------------------------------------------
 
-    def say(self, job: Job, command: str) -> None:
+    def say(self, job: Job, command: str, **words: float) -> None:
         """Send a command to a source's coordinator. :raises FerryError: if it cannot be told any more."""
         try:
-            os.write(job.commands, json.dumps({"cmd": command}).encode() + b"\n")
+            os.write(job.commands, json.dumps({"cmd": command, **words}).encode() + b"\n")
         except OSError:
             raise FerryError(
                 f"the coordinator of {job.machine} does not listen any more", remedy="see `ferry list`"
             ) from None
+        if command == "continue":
+            self._progress[job.id].went_on()
+            self._on_status(job.id, True)
 
     async def end(self, job: Job) -> None:
         """End a job's coordinator and wait until its outcome is known. What that means is decided by the machine's state."""

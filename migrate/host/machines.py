@@ -11,7 +11,7 @@ import logging
 import signal
 import subprocess
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -48,14 +48,25 @@ class Machine:
     process: Watched
     state: str = ""
     detail: str = ""
+    #: What its supervisor said of itself when it was found, or had started; its memory and devices do not change.
+    description: dict[str, Any] = field(default_factory=dict)
 
 
 class Machines:
     """All machines whose supervisor answers."""
 
-    def __init__(self, host: HostConfig, on_change: Callable[[str, str, str], None]) -> None:
-        """:param on_change: told name, state and detail at every change; the last is `ended`, after the process is gone."""
+    def __init__(
+        self,
+        host: HostConfig,
+        on_change: Callable[[str, str, str], None],
+        on_described: Callable[[str], None] = lambda _name: None,
+    ) -> None:
+        """
+        :param on_change: told name, state and detail at every change; the last is `ended`, after the process is gone.
+        :param on_described: told the name of a machine whose `description` is new, when no change says so.
+        """
         self.host = host
+        self._on_described = on_described
         self._on_change = on_change
         self._machines: dict[str, Machine] = {}
         self._starting: dict[str, asyncio.Lock] = {}
@@ -220,6 +231,7 @@ class Machines:
         except FerryError as error:  # it lives, so it is shown; a change will tell its state
             self._enter(machine, "unknown", str(error))
         else:
+            machine.description = found
             self._enter(machine, str(found["state"]), str(found["detail"]))
 
     async def _reconnect(self, machine: Machine, lost: Bus) -> None:
@@ -260,6 +272,13 @@ class Machines:
         log.info("event=machine machine=%s state=%s detail=%s", machine.name, state, detail)
         if state != S.ENDED:  # the process is still there; its end is told by _watch
             self._tell(machine.name, state, detail)
+            if not machine.description.get("devices"):
+                self._spawn(self._describe_late(machine))
+
+    async def _describe_late(self, machine: Machine) -> None:
+        """It was found before its devices were there."""
+        machine.description = await machine.supervisor.describe()
+        self._on_described(machine.name)
 
     def _tell(self, name: str, state: str, detail: str) -> None:
         self._spawn(self._wake())

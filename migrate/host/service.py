@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from migrate.bus.host import MigrateOptions, RunOptions
+from migrate.bus.host import Limits, MigrateOptions, RunOptions
 from migrate.errors import Phase, UsageError
 from migrate.host.doubt import Doubt
 from migrate.host.incoming import Incoming
@@ -18,6 +19,9 @@ from migrate.transport.uri import LocalDestination, TlsDestination, parse
 
 MAX_CONNECTIONS: Final = 16
 MAX_DOWNTIME_MS: Final = 3_600_000
+#: Below this, bytes/s, keeping a connection alive would take all of it.
+MIN_BANDWIDTH: Final = 64 << 10
+ON_STALL: Final = ("abort", "extend-downtime", "wait")
 #: How long the coordinator of a machine that has just arrived may take to say goodbye, s.
 GOODBYE_SECONDS: Final = 10.0
 
@@ -103,6 +107,9 @@ class HostFace:
             "keep": options.keep,
             "hold": [point for point in options.hold.split(",") if point],
             "doubt_seconds": float(options.doubt_seconds),
+            "bandwidth": options.bandwidth,
+            "timeout_seconds": options.timeout_seconds,
+            "on_stall": options.on_stall,
         }
         kind = Kind.CHECK if options.check_only else Kind.MIGRATE
         return self._jobs.start(kind, name, str(destination), spec).id
@@ -114,27 +121,45 @@ class HostFace:
         return await self._doubt.resolve(name, keep)
 
     async def cancel(self, name: str) -> None:
-        job = self._jobs.active_of(name)
+        self._jobs.say(self._ours(name, "cancel"), "cancel")
+
+    async def set_limits(self, name: str, limits: Limits) -> None:
+        given = {key: value for key, value in asdict(limits).items() if value != -1}
+        if not given:
+            raise UsageError("no limit was given", remedy="give downtime_ms, bandwidth, or both")
+        _check_limits(given.get("downtime_ms", 1), given.get("bandwidth", 0))
+        self._jobs.say(self._ours(name, "set"), "set", **given)
+
+    def _ours(self, name: str, word: str) -> Job:
+        """The migration of this machine, or of this name, that its caller may steer.
+
+        :raises UsageError: if there is none.
+        """
+        job = self._jobs.find(name)
         if job is None:
             raise UsageError(f"no job of {name[:64]!r} goes on", remedy="see `ferry list`")
+        machine = job.machine
         if job.kind is Kind.INCOMING:
             raise UsageError(
-                f"{name} is arriving from {job.to}", remedy=f"`ferry cancel {name}` on the host it comes from"
+                f"{machine} is arriving from {job.to}",
+                remedy=f"`ferry {word} {machine}` on the host it comes from",
             )
         if job.kind is Kind.RECOVER:
             raise UsageError(
-                f"{name} is in doubt, which nothing cancels",
+                f"{machine} is in doubt, which nothing cancels"
+                if word == "cancel"
+                else f"{machine} is in doubt: nothing of it moves any more",
                 phase=Phase.RECOVER,
-                remedy=f"mend the link, or fence the other host and `ferry resolve {name}`",
+                remedy=f"mend the link, or fence the other host and `ferry resolve {machine}`",
             )
-        self._jobs.say(job, "cancel")
+        return job
 
     async def proceed(self, name: str) -> None:
-        job = self._jobs.active_of(name)
+        job = self._jobs.find(name)
         if job is not None and job.kind in (Kind.MIGRATE, Kind.CHECK):
             self._jobs.say(job, "continue")
         else:
-            await self._incoming.proceed(name)
+            await self._incoming.proceed(job.machine if job is not None else name)
 
     async def job_events(self, job: str) -> list[str]:
         return self._jobs.events(job)
@@ -155,9 +180,20 @@ def _check(options: MigrateOptions) -> None:
     """:raises UsageError: for a number out of bounds or a path that is not absolute."""
     if not 0 <= options.connections <= MAX_CONNECTIONS:
         raise UsageError(f"{options.connections} connections", remedy=f"0 to {MAX_CONNECTIONS}")
-    if not 0 < options.downtime_ms <= MAX_DOWNTIME_MS:
-        raise UsageError(f"a downtime of {options.downtime_ms} ms", remedy="1 ms to an hour")
+    _check_limits(options.downtime_ms, options.bandwidth)
+    if options.timeout_seconds < 0:
+        raise UsageError(f"a timeout of {options.timeout_seconds} s", remedy="seconds, or 0 for none")
+    if options.on_stall not in ON_STALL:
+        raise UsageError(f"{options.on_stall[:64]!r} is nothing to do on a stall", remedy=", ".join(ON_STALL))
     if options.keep and not options.keep.startswith("/"):
         raise UsageError(
             f"{options.keep!r} is not an absolute path", remedy="the daemon has another directory"
         )
+
+
+def _check_limits(downtime_ms: int, bandwidth: int) -> None:
+    """:raises UsageError: for one that no migration could keep."""
+    if not 0 < downtime_ms <= MAX_DOWNTIME_MS:
+        raise UsageError(f"a downtime of {downtime_ms} ms", remedy="1 ms to an hour")
+    if bandwidth and bandwidth < MIN_BANDWIDTH:
+        raise UsageError(f"a bandwidth of {bandwidth} bytes/s", remedy="at least 64 KiB/s, or 0 for no limit")

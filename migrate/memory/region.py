@@ -198,6 +198,14 @@ class GuestMemory:
             for first, count in local
         ]
 
+    def places(self, runs: PageRuns) -> list[tuple[int, int]]:
+        """The descriptor and the offset in it of each of views(runs), for sendfile."""
+        return [
+            (region.fd, region.offset + (first << PAGE_SHIFT))
+            for region, local in self.by_region(runs)
+            for first, _ in local
+        ]
+
     # -- holes -----------------------------------------------------------------------------------------------------
 
     def data_extents(self) -> PageRuns:

@@ -195,4 +195,4 @@ def _close_late(result: concurrent.futures.Future[ByteChannel]) -> None:
     if result.exception() is None:
         channel = result.result()
         channel.abort()
-        threading.Thread(target=channel.close, daemon=True).start()
+        threading.Thread(target=channel.close, name="channel-setup", daemon=True).start()

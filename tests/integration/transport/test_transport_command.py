@@ -23,6 +23,11 @@ def run(text: str) -> Channel:
     return dial_page(ExecDestination(text), None, SESSION, 2, timeout=10)
 
 
+def run_after_preamble(text: str) -> Channel:
+    """A command that may end by itself: not before it has its preamble."""
+    return run(f"head -c {SIZE} >/dev/null; {text}")
+
+
 def read(channel: Channel, size: int) -> bytes:
     got = bytearray(size)
     channel.recv_into(memoryview(got))
@@ -86,17 +91,17 @@ def test_a_control_stream_goes_through_a_command_too() -> None:
 
 @pytest.mark.parametrize("way", ["channel", "stream"])
 def test_a_command_that_fails_is_quoted_with_its_status(way: str) -> None:
-    text = "read x; echo warming up >&2; printf 'ssh: no route to \\033hostb\\n\\n' >&2; exit 7"
+    text = (
+        "head -c 32 >/dev/null; echo warming up >&2; printf 'ssh: no route to \\033hostb\\n\\n' >&2; exit 7"
+    )
 
     async def stream() -> None:
         async with await dial_control(ExecDestination(text), None, SESSION, timeout=10) as stream:
-            await stream.write(b"\n", timeout=5)
             await stream.read_exactly(1, timeout=10)
 
     def channel() -> None:
         channel = run(text)
         try:
-            channel.send(b"\n")
             read(channel, 1)
         finally:
             channel.close()
@@ -108,14 +113,14 @@ def test_a_command_that_fails_is_quoted_with_its_status(way: str) -> None:
 
 
 def test_a_command_that_does_not_exist_is_the_shells_complaint() -> None:
-    channel = run("no-such-command-here; exec sleep 0")
+    channel = run_after_preamble("no-such-command-here")
     with pytest.raises(ChannelClosed, match=r"no-such-command-here.*not found"):
         read(channel, 1)
     channel.close()
 
 
 def test_a_command_killed_by_a_signal_is_said_to_be() -> None:
-    channel = run("kill -9 $$")
+    channel = run_after_preamble("kill -9 $$")
     with pytest.raises(ChannelClosed, match="killed by signal 9"):
         read(channel, 1)
     channel.close()
@@ -139,7 +144,7 @@ def test_closing_ends_a_command_that_ignores_the_end_of_its_input_and_what_it_st
 
 
 def test_what_a_command_leaves_behind_in_its_session_is_ended() -> None:
-    channel = run("sleep 1000 & echo $$")
+    channel = run_after_preamble("sleep 1000 & echo $$")
     pid = int(read_line(channel))
     channel.close()
     assert gone(lambda: session_is_empty(pid))
@@ -171,7 +176,7 @@ def test_abort_kills_the_command_without_patience() -> None:
 
 
 def test_a_command_that_talks_without_end_on_stderr_is_not_blocked_by_it() -> None:
-    channel = run("yes chatter | head -c 1000000 >&2; echo done")
+    channel = run_after_preamble("yes chatter | head -c 1000000 >&2; echo done")
     assert read_line(channel) == b"done\n"
     channel.close()
 

@@ -197,5 +197,5 @@ class TwoHosts(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-TwoHosts.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TwoHosts.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 test_in_any_order_of_requests_deaths_and_failures_nothing_is_lost = TwoHosts.TestCase

@@ -65,9 +65,7 @@ def talk(rig: Rig) -> Talk:
     return Talk(rig)
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sector=st.integers(0, SECTORS - 8),
     count=st.integers(0, 8),
@@ -271,17 +269,13 @@ def test_data_outside_of_memory_or_too_much_of_it_fails_and_the_status_says_so(
         assert rig.guest.read(STATUS_AT, 1)[0] == IOERR
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_a_chain_says_there_is_an_answer_or_a_drivers_fault(
     rig: Rig, core: BlockCore, data: st.DataObject
 ) -> None:
     addresses = st.sampled_from([HEADER_AT, DATA_AT, STATUS_AT, OUTSIDE, 2**64 - 1])
-    segments = st.lists(
-        st.builds(Segment, addresses, st.sampled_from([0, 1, 7, 16, 512, 4096])), max_size=4
-    )
+    segments = st.lists(st.builds(Segment, addresses, st.sampled_from([0, 1, 7, 16, 512, 4096])), max_size=4)
     kind = data.draw(st.sampled_from([0, 1, 4, 8, 11, 13, 99]))
     rig.guest.write(HEADER_AT, struct.pack("<IIQ", kind, 0, data.draw(st.integers(0, SECTORS + 1))))
     rig.guest.write(HEADER_AT + 16, data.draw(st.binary(max_size=64)))

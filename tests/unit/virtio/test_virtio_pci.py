@@ -360,7 +360,10 @@ def _queue(state: dict, **fields: object) -> dict:
     st.lists(
         st.tuples(
             st.sampled_from([0, 0, 0, 7]),
-            st.integers(0, 0x40) | st.integers(0x1000, 0x1004) | st.integers(0x4000, 0x4090) | st.integers(0, 0x7FF8),
+            st.integers(0, 0x40)
+            | st.integers(0x1000, 0x1004)
+            | st.integers(0x4000, 0x4090)
+            | st.integers(0, 0x7FF8),
             st.sampled_from([1, 2, 4, 8]),
             st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 3, 7, 15, 128]),
         ),

@@ -20,16 +20,19 @@ EVENT_IDX, INDIRECT_DESC, VERSION_1 = 1 << 29, 1 << 28, 1 << 32
 
 
 class Guest:
-    """Guest memory as a driver writes it; `touched` are the pages that it wrote."""
+    """Guest memory as a driver writes it, and the pages that it wrote: `touched` and `since_rest`, for who empties them."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.touched: set[int] = set()
+        self.since_rest: set[int] = set()
 
     def write(self, gpa: int, data: bytes) -> None:
         self.memory.find(GuestAddress(gpa), len(data))[:] = data
         if data:
-            self.touched.update(range(gpa >> 12, (gpa + len(data) - 1 >> 12) + 1))
+            pages = range(gpa >> 12, (gpa + len(data) - 1 >> 12) + 1)
+            self.touched.update(pages)
+            self.since_rest.update(pages)
 
     def read(self, gpa: int, size: int) -> bytes:
         return bytes(self.memory.find(GuestAddress(gpa), size))
@@ -47,7 +50,9 @@ Piece = tuple[int, int, bool]  # address, length, whether the device may write i
 class Ring:
     """The driver's half of a split virtqueue of `size` entries, at `base`."""
 
-    def __init__(self, guest: Guest, base: int, size: int, *, event_idx: bool = False, start: int = 0) -> None:
+    def __init__(
+        self, guest: Guest, base: int, size: int, *, event_idx: bool = False, start: int = 0
+    ) -> None:
         self.guest = guest
         self.size = size
         self.event_idx = event_idx

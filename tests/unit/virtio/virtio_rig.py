@@ -19,6 +19,7 @@ from migrate.state import catalog
 
 MIB = 1 << 20
 SIZE = 2 * MIB
+SCHEMA = catalog.load("virtio-blk").at(1)
 FLUSH, MQ, DISCARD, WRITE_ZEROES = 1 << 9, 1 << 12, 1 << 13, 1 << 14
 #: What a driver of ours accepts unless a test says otherwise.
 ACCEPTED = VERSION_1 | EVENT_IDX | INDIRECT_DESC | FLUSH | DISCARD | WRITE_ZEROES
@@ -44,9 +45,7 @@ def make_image(directory: Path, sectors: int = 64, name: str = "disk.img") -> Pa
 class Disk:
     """A device on its image and on guest memory, stopped; with no threads, `step` does their work."""
 
-    def __init__(
-        self, image: Path, memory: GuestMemory, *, threads: bool = False, **options: str
-    ) -> None:
+    def __init__(self, image: Path, memory: GuestMemory, *, threads: bool = False, **options: str) -> None:
         self.device = VirtioBlk("disk0", {"image": str(image)} | options)
         for region in memory.regions:
             self.device.memory.attach(region.gpa, region.size, region.fd, region.offset)
@@ -88,20 +87,20 @@ class Disk:
             self.device._set_silent(True)
 
     def save(self) -> bytes:
-        schema = catalog.load("virtio-blk")
         with self.device.lock:
-            return schema.at(schema.version).encode(self.device.save())
+            return SCHEMA.encode(self.device.save())
 
     def load(self, state: bytes) -> None:
-        schema = catalog.load("virtio-blk")
-        values = schema.at(schema.version).decode(state)
+        values = SCHEMA.decode(state)
         with self.device.lock:
             self.device.check(values)
             self.device.load(values)
 
     # -- the driver -------------------------------------------------------------------------------------------------------------
 
-    def set_up(self, guest: Guest, features: int = ACCEPTED, size: int = 8, start: int = 0) -> list[DiskQueue]:
+    def set_up(
+        self, guest: Guest, features: int = ACCEPTED, size: int = 8, start: int = 0
+    ) -> list[DiskQueue]:
         """As a driver does: negotiate, set up every queue with a vector of its own, go."""
         assert self.pci.accept(features) & 8
         queues = []

@@ -180,9 +180,12 @@ class VirtioBlk(Device):
         self.image.unlock()
 
     def close(self) -> None:
-        for runner in self.runners:
-            runner.close()
-        self._rest()
+        # Not for ever: the process is to end, also where an image hangs.
+        if self.lock.acquire(timeout=1.0):
+            for runner in self.runners:
+                runner.close()
+            self._rest()
+            self.lock.release()
         self.image.close()
 
     # -- state ----------------------------------------------------------------------------------------------------------------

@@ -40,12 +40,13 @@ class Window:
         """
         with _named(entry.id):
             client = Client.connect(entry.socket, device=entry.id)
+            window = cls(client)
             try:
-                cls(client)._show(entry, engine, page)
+                window._show(entry, engine, page)
             except BaseException:
                 client.close()
                 raise
-            return cls(client)
+            return window
 
     def _show(self, entry: DeviceEntry, engine: Engine, page: PlatformPage) -> None:
         info = self._client.info()

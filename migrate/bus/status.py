@@ -28,7 +28,7 @@ class JobStatus:
     machine: str = _as("s", "")
     kind: str = _as("s", "")  #: migrate, check, recover or incoming
     to: str = _as("s", "")  #: of an incoming job, who sends
-    started_at: int = _as("t", 0)  #: s since the epoch, by this host's clock
+    started_at: float = _as("d", 0.0)  #: s since the epoch, by this host's clock
     phase: str = _as("s", "")
     round: int = _as("u", 0)
     remaining_bytes: int = _as("t", 0)  #: of this round

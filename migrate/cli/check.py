@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from migrate.cli.words import add_directory, add_json, explain
+from migrate.cli.words import add_bus, add_json, explain
 
 if TYPE_CHECKING:
     from migrate.cli.output import Output
@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", metavar="URI", required=True, help="the destination; see `ferry migrate --help`"
     )
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

@@ -42,6 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a host that may connect, by the name in its certificate; '*': every one of the CA; may be repeated",
     )
+    parser.add_argument(
+        "--bus",
+        metavar="BUS",
+        default=None,
+        help="be managed on this bus too: system, session or an address (default: FERRY_BUS, else only DIR/bus)",
+    )
     parser.add_argument("--hold", metavar="POINT", action="append", default=[], help=argparse.SUPPRESS)
     add_json(parser)
 
@@ -67,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         listen=args.listen,
         pki=Path(os.path.abspath(args.pki)) if args.pki is not None else None,
         allow=args.allow,
+        bus=args.bus if args.bus is not None else os.environ.get("FERRY_BUS", ""),
         hold=args.hold,
     )
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from migrate.cli.words import add_directory, add_json, explain
+from migrate.cli.words import add_bus, add_json, explain
 
 _HEAD = ("NAME", "STATE", "MEMORY", "DEVICES", "JOB", "DETAIL")
 
@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "and what is in doubt, also where its host was started again since.",
         "ferry list\nferry list --json | jq .state",
     )
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

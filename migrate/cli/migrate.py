@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from migrate.cli.words import add_directory, add_json, explain, positive, rate
+from migrate.cli.words import add_bus, add_json, explain, positive, rate
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", metavar="DIR", default="", help="leave the devices' state blobs there")
     parser.add_argument("--hold", metavar="POINT", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--doubt-seconds", type=positive, default=30, help=argparse.SUPPRESS)
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from migrate.cli.words import add_directory, add_json, explain
+from migrate.cli.words import add_bus, add_json, explain
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="how long to wait for the answer (default 30)",
     )
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from migrate.cli.words import add_directory, add_json, explain
+from migrate.cli.words import add_bus, add_json, explain
 
 _FENCING = (
     "Fencing means: make sure that the other host cannot run this machine, now or later. Power it off, or cut it from the\n"
@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fenced", action="store_true", help="the other host is fenced; you have made sure of that"
     )
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from migrate.cli.words import add_directory, add_json, explain
+from migrate.cli.words import add_bus, add_json, explain
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "ferry resume web1",
     )
     parser.add_argument("name", metavar="NAME", help="the machine")
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from migrate.cli.words import add_directory, add_json, explain
+from migrate.cli.words import add_bus, add_json, explain
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start it although it was moved away: only where the other one is gone for good",
     )
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

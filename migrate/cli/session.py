@@ -8,25 +8,38 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from migrate.bus.addresses import address_of
 from migrate.bus.host import HostClient
 from migrate.cli.output import Output
-from migrate.cli.words import directory_of
+from migrate.cli.words import where_of
+from migrate.client import Host
 
 T = TypeVar("T")
 
 
 def with_host(args: argparse.Namespace, work: Callable[[HostClient], Awaitable[T]]) -> T:
-    """Run `work` with a client of the daemon of --dir.
+    """Run `work` with a client of the daemon of --dir or --bus.
 
     :raises BusError: if none runs there. :raises FerryError: what `work` raises.
     """
 
     async def session() -> T:
-        client = await HostClient.connect(directory_of(args))
+        where = where_of(args)
+        client = await HostClient.connect(address_of(where) if isinstance(where, str) else where)
         try:
             return await work(client)
         finally:
             await client.close()
+
+    return asyncio.run(session())
+
+
+def with_client(args: argparse.Namespace, work: Callable[[Host], Awaitable[T]]) -> T:
+    """The same with the objects of that daemon (migrate.client)."""
+
+    async def session() -> T:
+        async with await Host.connect(where_of(args)) as host:
+            return await work(host)
 
     return asyncio.run(session())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from migrate.cli.words import add_directory, add_json, explain, positive, rate
+from migrate.cli.words import add_bus, add_json, explain, positive, rate
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--downtime", metavar="MS", type=positive, default=-1, help="how long the guest may stand still"
     )
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

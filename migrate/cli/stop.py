@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from migrate.cli.words import add_directory, add_json, explain
+from migrate.cli.words import add_bus, add_json, explain
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also where a copy of it may be the only one left, and where it hangs",
     )
-    add_directory(parser)
+    add_bus(parser)
     add_json(parser)
 
 

@@ -53,6 +53,25 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_bus(parser: argparse.ArgumentParser) -> None:
+    """For commands that talk to the daemon: the bus that it is on."""
+    add_directory(parser)
+    parser.add_argument(
+        "--bus",
+        metavar="BUS",
+        default=None,
+        help="find the daemon on this bus, not in its directory: system, session or an address (default: FERRY_BUS)",
+    )
+
+
+def where_of(args: argparse.Namespace) -> Path | str:
+    """The directory of the daemon, or the bus that it is on: what was said, else what the environment says."""
+    if args.bus:
+        return str(args.bus)
+    named = os.environ.get("FERRY_BUS")
+    return named if named and args.dir is None and not os.environ.get("FERRY_DIR") else directory_of(args)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line on stdout; the last is the outcome"

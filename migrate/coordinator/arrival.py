@@ -48,7 +48,9 @@ class Arrival:
         while True:
             message = await self.link.receive(timeout=PATIENCE)
             if isinstance(message, m.Round):
-                await self.link.during(asyncio.wait_for(self.pages.round_ended(message.n), ROUND_SECONDS))
+                await self.link.during(
+                    self.pages.round_ended(message.n), timeout=ROUND_SECONDS, what="the end of the round"
+                )
                 await self._chunk_written()
                 await self.link.send(m.RoundDone(message.n))
                 self.emit({"event": "round", "n": message.n, "pages": message.pages})
@@ -90,7 +92,9 @@ class Arrival:
 
         :raises FerryError: naming what arrived damaged, or the participant that refuses; it is then known why.
         """
-        digests = await self.link.during(asyncio.wait_for(self.pages.round_ended(stopped.n), ROUND_SECONDS))
+        digests = await self.link.during(
+            self.pages.round_ended(stopped.n), timeout=ROUND_SECONDS, what="the end of the last pass"
+        )
         check_arrival(stopped, digests, self._blobs, list(self.parts.by_id))
         await self.link.during(self._all_staged())  # all are valid before one is applied
         return await self.link.during(self.parts.apply(self._blobs))

@@ -242,7 +242,7 @@ class DestinationMigration:
         if start.connections == 0:
             self._sink = self._pages.join_inline()
         else:
-            await link.during(asyncio.wait_for(self._join(start.connections), JOIN_SECONDS))
+            await link.during(self._join(start.connections), timeout=JOIN_SECONDS, what="a page channel")
         await link.send(m.Started())
         self._arrival = Arrival(parts, link, self._memory, self._pages, self._versions, self.emit, self.hold)
         return await self._load(self._arrival, await self._arrival.rounds())

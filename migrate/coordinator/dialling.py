@@ -9,7 +9,7 @@ from typing import Any
 
 from migrate.coordinator.link import Link
 from migrate.coordinator.pages_out import Channel
-from migrate.errors import ChannelClosed, FerryError, Phase, UsageError
+from migrate.errors import ChannelClosed, FerryError, Phase, TransportError, UsageError
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.transport import tls
@@ -84,7 +84,15 @@ class InlineChannel:
     def send(self, data: memoryview | bytes) -> None:
         if self._aborted:
             raise ChannelClosed("the channel was closed here", phase=Phase.PRECOPY)
-        asyncio.run_coroutine_threadsafe(self._link.write(bytes(data)), self._loop).result(STALL_SECONDS)
+        writing = asyncio.run_coroutine_threadsafe(self._link.write(bytes(data)), self._loop)
+        try:
+            writing.result(STALL_SECONDS)
+        except TimeoutError:
+            raise TransportError(
+                f"{self.peer} has taken nothing for {STALL_SECONDS:g} s",
+                phase=Phase.PRECOPY,
+                remedy="look at the load and the log of that host",
+            ) from None
 
     def send_runs(self, views: Sequence[memoryview], places: Sequence[tuple[int, int]] = ()) -> None:
         self.send(b"".join(views))

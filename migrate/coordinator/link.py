@@ -15,8 +15,9 @@ from migrate.protocol.states import Conversation, Did, Role
 #: A peer that says nothing for this long, s, is taken for dead; each side says something every PING_SECONDS.
 SILENCE_SECONDS = 12.0
 PING_SECONDS = 2.0
-#: Bytes of messages that wait to be looked at; one more of the largest may come on top.
+#: Bytes of messages that wait to be looked at, each with what it costs beside them; one more of the largest may come on top.
 MAX_HELD = 16 << 20
+COST = 512
 
 T = TypeVar("T")
 M = TypeVar("M", bound=messages.Message)
@@ -119,11 +120,21 @@ class Link:
             raise PeerRejected(message.reasons)
         return message
 
-    async def during(self, work: Awaitable[T]) -> T:
-        """Await our own work, unless the channel breaks or the peer gives up first; then the work is cancelled."""
+    async def during(self, work: Awaitable[T], *, timeout: float | None = None, what: str = "this") -> T:
+        """Await our own work, unless the channel breaks or the peer gives up first; then the work is cancelled.
+
+        :param timeout: for work that waits for the peer, s. :param what: did not come by then.
+        :raises ChannelClosed: when the time is up.
+        """
         task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait([task, self._broken], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+            await asyncio.wait([task, self._broken], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+            if not task.done() and not self._broken.done():
+                raise ChannelClosed(
+                    f"{what} did not come from {self.stream.peer} within {timeout:g} s",
+                    phase=Phase.PRECOPY,
+                    remedy="see what its host is doing",
+                )
             if not task.done():
                 # A REJECT may have come just before the end of the channel; it says more.
                 while not self._inbox.empty():
@@ -155,8 +166,8 @@ class Link:
                     if sent is not None:
                         self.round_trip_ns = time.monotonic_ns() - sent
                 else:
-                    self._held += header.length
-                    self._inbox.put_nowait((message, header.length))
+                    self._held += header.length + COST
+                    self._inbox.put_nowait((message, header.length + COST))
                     if isinstance(message, messages.Reject | messages.Abort):
                         self._break(PeerRejected(message.reasons))
                     await self._wait_for_room()

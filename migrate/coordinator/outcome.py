@@ -96,3 +96,12 @@ def emit_stdout(event: dict[str, Any]) -> None:
 
 def wire_reasons(reasons: Sequence[Reason]) -> str:
     return json.dumps([reason.to_wire() for reason in reasons])
+
+
+def slowest(*times: dict[str, int]) -> str | None:
+    """The device whose stop, save and load together took longest."""
+    total: dict[str, int] = {}
+    for table in times:
+        for name, ns in table.items():
+            total[name] = total.get(name, 0) + ns
+    return max(total, key=total.__getitem__, default=None)

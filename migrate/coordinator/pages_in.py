@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from migrate.errors import FerryError, Phase, RemoteProtocolError
 from migrate.memory import PAGE_SIZE, GuestMemory, PageRuns
 from migrate.protocol import frames
 from migrate.protocol.frames import Kind
+
+log = logging.getLogger(__name__)
 
 #: A source ends one round before it begins the next, so a page channel is never more than that ahead of the control channel.
 MAX_OPEN_ROUNDS = 4
@@ -154,6 +157,12 @@ class PageReceiver:
             try:
                 work()
             except FerryError as error:
+                self._tell(partial(self._fail, error))
+            except Exception:
+                log.exception("event=page-thread-failed thread=%s", name)
+                error = FerryError(
+                    "a page thread failed here", phase=Phase.PRECOPY, remedy="see this host's logs"
+                )
                 self._tell(partial(self._fail, error))
 
         thread = threading.Thread(target=run, name=name, daemon=True)

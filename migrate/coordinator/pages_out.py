@@ -19,11 +19,11 @@ from typing import Protocol
 import numpy as np
 
 from migrate.coordinator.limits import RateLimit
-from migrate.errors import FerryError
 from migrate.memory import PAGE_SIZE, CompareTracker, DirtyBitmap, GuestMemory, PageRuns, SendPlan
 from migrate.memory.mapping import Pages
 from migrate.protocol import frames
 from migrate.protocol.frames import Kind
+from migrate.protocol.messages import MAX_LIST
 
 #: Pages in one frame: large enough to keep a TLS channel busy, small enough to share work among channels.
 FRAME_PAGES = 2048
@@ -89,6 +89,9 @@ class PageSender:
         self._plan = SendPlan(memory)
         self._pool = ThreadPoolExecutor(len(channels), thread_name_prefix="pages")
         self._counting = threading.Lock()
+        self._broke: BaseException | None = (
+            None  #: what came first; the other channels were then aborted by us
+        )
 
     async def send_round(self, number: int, dirty: DirtyBitmap, *, last: bool = False) -> Sent:
         """Send what of `dirty` must be sent, then MARK on every channel.
@@ -106,9 +109,8 @@ class PageSender:
             ),
             return_exceptions=True,
         )
-        failures = [result for result in results if isinstance(result, BaseException)]
-        if failures:
-            raise next((f for f in failures if isinstance(f, FerryError)), failures[0])
+        if self._broke is not None:
+            raise self._broke
         sent = Sent(work.pages, time.monotonic() - start)
         if last:
             sent.digests = tuple(result for result in results if isinstance(result, bytes))
@@ -162,7 +164,9 @@ class PageSender:
                     if item.kind is Kind.PAGES:
                         work.pages += item.runs.pages
             channel.send(frames.encode_table(Kind.MARK, number, NO_PAGES, NO_PAGES, digested=last))
-        except BaseException:
+        except BaseException as error:
+            with self._counting:
+                self._broke = self._broke or error
             for other in self.channels:
                 other.abort()
             raise
@@ -205,3 +209,14 @@ class _Work:
 
 def _slice(runs: PageRuns, low: int) -> PageRuns:
     return PageRuns(runs.array[low : low + frames.MAX_RUNS])
+
+
+def coarse_extents(memory: GuestMemory) -> tuple[tuple[int, int], ...]:
+    """Where data lies now, in at most MAX_LIST stretches (gpa, bytes): a hint for prefaulting, so roundness is no harm."""
+    runs = memory.data_extents()
+    if len(runs) > MAX_LIST:
+        grain = max(512, -(-memory.page_count // MAX_LIST))
+        grains = np.unique(runs.pages_array() // grain)
+        ends = np.minimum((grains + 1) * grain, memory.page_count)
+        runs = PageRuns.merged(np.column_stack((grains * grain, ends - grains * grain)))
+    return tuple((int(gpa), int(size)) for gpa, size in memory.to_table(runs)[:MAX_LIST])

@@ -136,7 +136,10 @@ def incoming_config(
                     entry.protocol,
                     gpa=entry.gpa,
                     irq=entry.irq,
+                    vectors=entry.vectors,
+                    tracker="compare" if entry.tracker == "compare" else "",
                     options=dict(entry.options),
+                    local=images.get(entry.id, {}),
                 )
             )
     if len({entry.id for entry in manifest.devices}) != len(manifest.devices):

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from migrate import __version__
 from migrate.bus import Bus
 from migrate.coordinator import disks, doubt, preflight
@@ -26,8 +24,8 @@ from migrate.coordinator.dialling import Dialler
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.limits import OnStall, RateLimit
 from migrate.coordinator.link import Link
-from migrate.coordinator.outcome import Downtime, Emit, Outcome, wire_reasons
-from migrate.coordinator.pages_out import PageSender
+from migrate.coordinator.outcome import Downtime, Emit, Outcome, slowest, wire_reasons
+from migrate.coordinator.pages_out import PageSender, coarse_extents
 from migrate.coordinator.participants import Participants
 from migrate.coordinator.transfer import READY_SECONDS, Transfer
 from migrate.errors import (
@@ -42,7 +40,7 @@ from migrate.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from migrate.memory import CompareTracker, DirtyBitmap, GuestMemory, PageRuns
+from migrate.memory import CompareTracker, DirtyBitmap, GuestMemory
 from migrate.protocol import messages as m
 from migrate.protocol.states import Did, Role
 
@@ -53,7 +51,6 @@ ACCEPT_SECONDS = 120.0
 JOIN_SECONDS = 30.0
 #: The destination's participants may be slow to start; a dead peer is noticed sooner, by its pings.
 RUNNING_SECONDS = 60.0
-MAX_EXTENTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +163,8 @@ class SourceMigration:
                         "cancelled by the user", phase=self._phase, remedy="the machine runs on here"
                     ) from None
             except FerryError as error:
-                await self._give_up(self._guest_ended or error)
+                self._task = None  # a second word to cancel changes nothing: it is being taken back
+                await _to_its_end(self._give_up(self._guest_ended or error))
         self._keep()
         return self.outcome
 
@@ -336,7 +334,6 @@ class SourceMigration:
                 self._committing = False
                 raise
             stopped_ns = int(now["stopped_ns"])
-        link.conversation.did(Did.WROTE_COMMIT)
         at = time.monotonic_ns()
         return Committed(stopped_ns, at, at - start)
 
@@ -347,6 +344,7 @@ class SourceMigration:
         spec = self.spec
         self._enter(Phase.RESUME)
         try:
+            link.conversation.did(Did.WROTE_COMMIT)  # fails where the peer's REJECT crossed it
             stopped_ns = committed.stopped_ns + time.monotonic_ns() - committed.at
             await link.send(m.Commit(spec.job, self._epoch, stopped_ns, paused))
             answer = await link.receive(timeout=RUNNING_SECONDS)
@@ -356,14 +354,11 @@ class SourceMigration:
             await self._doubt(parts, agreed, error)
             return None
         if isinstance(answer, m.Aborted):
-            await parts.supervisor.peer_said(spec.job, self._epoch, "aborted", wire_reasons(answer.reasons))
-            self.outcome.reasons = list(answer.reasons)
-            self._finish("aborted", "source", 1)
+            await self._peer_said(parts, "aborted", list(answer.reasons))
             return None
         assert isinstance(answer, m.Running)
         self._heard_at = time.monotonic_ns()
-        self._finish("completed", "destination", 0)
-        await parts.supervisor.peer_said(spec.job, self._epoch, "running", "[]")
+        await self._peer_said(parts, "running", [])
         return answer
 
     async def _doubt(self, parts: Participants, agreed: Agreed, error: FerryError) -> None:
@@ -385,12 +380,21 @@ class SourceMigration:
             f"contact was lost after COMMIT ({error.reason}); then the peer said: {answer}",
             "",
         )
-        await parts.supervisor.peer_said(spec.job, self._epoch, answer, wire_reasons([reason]))
-        self.outcome.reasons = [reason]
+        await self._peer_said(parts, answer, [reason])
+
+    async def _peer_said(self, parts: Participants, answer: str, reasons: list[Reason]) -> None:
+        """The doubt has an end, and the outcome is known whatever the supervisor can make of it."""
+        self.outcome.reasons = reasons
         if answer == "running":
             self._finish("completed", "destination", 0)
         else:
             self._finish("aborted", "source", 1)
+        try:
+            await parts.supervisor.peer_said(self.spec.job, self._epoch, answer, wire_reasons(reasons))
+        except FerryError as failure:
+            self.outcome.reasons.append(failure.as_reason())
+            if answer != "running":
+                self.outcome.running_on = "neither"
 
     # -- ending ------------------------------------------------------------------------------------------------------------
 
@@ -434,10 +438,22 @@ class SourceMigration:
         if self._begun and self._parts is not None and not isinstance(error, GuestEnded):
             try:
                 await self._parts.supervisor.abort_outgoing(self.spec.job, wire_reasons(reasons))
+                await self._see_that_it_runs(self._parts)
             except FerryError as failure:
                 # The machine itself failed: named beside the reason, never instead of it.
                 self.outcome.reasons.append(failure.as_reason())
                 self.outcome.running_on = "neither"
+
+    async def _see_that_it_runs(self, parts: Participants) -> None:
+        """The abort came to an end; did the machine? A supervisor that could not resume it says why."""
+        now = await parts.supervisor.describe()
+        if now["state"] not in ("running", parts.description["state"]):
+            device, why = parts.blame(now["detail"])
+            why = f"the machine is {now['state']}: {why}"
+            self.outcome.reasons.append(
+                Reason(device, str(Phase.STOP), why, "`ferry resume` it, or see its logs")
+            )
+            self.outcome.running_on = "neither"
 
     def _keep(self) -> None:
         """Leave what was saved after the stop, however it ended. A disk that is full is no reason to lose the outcome."""
@@ -454,21 +470,13 @@ class SourceMigration:
             )
 
 
-def slowest(*times: dict[str, int]) -> str | None:
-    """The device whose stop, save and load together took longest."""
-    total: dict[str, int] = {}
-    for table in times:
-        for name, ns in table.items():
-            total[name] = total.get(name, 0) + ns
-    return max(total, key=total.__getitem__, default=None)
-
-
-def coarse_extents(memory: GuestMemory) -> tuple[tuple[int, int], ...]:
-    """Where data lies now, in at most MAX_EXTENTS stretches (gpa, bytes): a hint for prefaulting, so roundness is no harm."""
-    runs = memory.data_extents()
-    if len(runs) > MAX_EXTENTS:
-        grain = max(512, -(-memory.page_count // MAX_EXTENTS))
-        grains = np.unique(runs.pages_array() // grain)
-        ends = np.minimum((grains + 1) * grain, memory.page_count)
-        runs = PageRuns.merged(np.column_stack((grains * grain, ends - grains * grain)))
-    return tuple((int(gpa), int(size)) for gpa, size in memory.to_table(runs)[:MAX_EXTENTS])
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await it whole, whoever cancels us meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+    task.result()

@@ -72,8 +72,11 @@ class Buses:
         while True:
             status = await self._private.wait_died()
             log.error("event=bus-died status=%s", status)
-            await self._try(self._private.restart)
-            await self._try(lambda: self._join(self.address))
+            await self._try(self._bring_back)
+
+    async def _bring_back(self) -> None:
+        await self._private.restart()
+        await self._join(self.address)
 
     async def _keep_shared(self) -> None:
         """One that goes, and may come back, is looked for."""

@@ -245,24 +245,22 @@ class Jobs:
         for path in sorted(self.directory.glob("*.jsonl")):
             if not _ID.fullmatch(path.stem):
                 continue
-            progress = Progress(JobStatus(path.stem))
-            journal = Journal(path, lambda _number, _line, event, progress=progress: progress.take(event))
+            journal = Journal(path, lambda *_: None)
             journal.pump()
             journal.close()
             if journal.outcome is None and journal.first.get("event") == "job":
                 self._adopt(path.stem, journal)
             elif journal.outcome is not None:
                 path.with_suffix(".in").unlink(missing_ok=True)
-                self._keep(progress, journal.first)
+                self._remember(path.stem, journal)
 
-    def _keep(self, progress: Progress, first: Mapping[str, Any]) -> None:
+    def _remember(self, name: str, journal: Journal) -> None:
         """The status of a job that an earlier daemon saw end."""
-        status = progress.status
-        status.kind, status.machine, status.to = (
-            str(first.get(key, "")) for key in ("kind", "machine", "to")
-        )
-        self._progress[status.id] = progress
-        self._on_status(status.id, True)
+        kind, machine, to = (str(journal.first.get(key, "")) for key in ("kind", "machine", "to"))
+        progress = self._progress[name] = Progress(JobStatus(name, machine, kind, to))
+        for line in journal.lines:
+            progress.take(json.loads(line))
+        self._on_status(name, True)
 
     def _adopt(self, name: str, before: Journal) -> None:
         first = before.first

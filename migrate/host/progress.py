@@ -24,8 +24,8 @@ class Progress:
         fold = _FOLDS.get(kind) if isinstance(kind, str) else None
         if fold is None:
             return False
-        if self.status.state == "held":
-            self.status.state = "running"
+        if kind != "limits":  # which may change while it is held
+            self.went_on()
         fold(self, event)
         return kind not in ("progress", "round")
 
@@ -35,7 +35,7 @@ class Progress:
             self.status.state = "running"
 
     def _job(self, event: Mapping[str, Any]) -> None:
-        self.status.started_at = _whole(event.get("at"))
+        self.status.started_at = _number(event.get("at"))
         self._limits(event)
 
     def _limits(self, event: Mapping[str, Any]) -> None:

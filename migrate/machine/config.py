@@ -123,7 +123,7 @@ class _Table:
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.raw.get(key, default)
-        if not isinstance(value, str):
+        if not isinstance(value, str) or "\0" in value:
             what = "is missing" if value is None else f"is {value!r}, not a text"
             raise UsageError(f"{self.where}: {key} {what}", remedy=f'write {key} = "…"')
         return value
@@ -174,7 +174,7 @@ def parse(raw: Mapping[str, Any], where: str, base: Path) -> MachineConfig:
     guest = vcpu.text("guest", "")
     devices = [
         _device(item, f"{where}: [[device]] number {number}", number, base)
-        for number, item in enumerate(raw.get("device", []), 1)
+        for number, item in enumerate(_tables(raw, "device", where), 1)
     ]
     _check_devices(devices, where)
     return MachineConfig(
@@ -188,6 +188,15 @@ def parse(raw: Mapping[str, Any], where: str, base: Path) -> MachineConfig:
     )
 
 
+def _tables(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    value = raw.get(key, [])
+    if not isinstance(value, list):
+        raise UsageError(
+            f"{where}: {key} is not a list of tables", remedy=f"write [[{key}]] before each of them"
+        )
+    return value
+
+
 def _regions(raw: Mapping[str, Any], machine: _Table, where: str) -> list[RegionConfig]:
     listed = raw.get("memory")
     if listed is None:
@@ -196,7 +205,7 @@ def _regions(raw: Mapping[str, Any], machine: _Table, where: str) -> list[Region
         raise UsageError(f"{where}: both memory = … and [[memory]]", remedy="keep one of them")
     else:
         regions = []
-        for number, item in enumerate(listed, 1):
+        for number, item in enumerate(_tables(raw, "memory", where), 1):
             table = _Table(item, f"{where}: [[memory]] number {number}", ("gpa", "size"))
             regions.append(
                 RegionConfig(table.number("gpa") or 0, parse_size(table.raw.get("size"), table.where))
@@ -275,8 +284,9 @@ def _check_devices(devices: Sequence[DeviceConfig], where: str) -> None:
                 f"{where}: {device.id}: the type {device.type!r} is not one", remedy="name a schema"
             )
         lines = range(device.irq, device.irq + device.vectors)
-        taken = next((irqs[line] for line in lines if line in irqs), "")
-        if not lines or lines[0] < 1 or lines[-1] > 63 or taken:
+        within = bool(lines) and lines[0] >= 1 and lines[-1] <= 63
+        taken = next((irqs[line] for line in lines if line in irqs), "") if within else ""
+        if not within or taken:
             raise UsageError(
                 f"{where}: {device.id}: its interrupts {device.irq} to {device.irq + device.vectors - 1} are "
                 + (f"partly {taken}'s" if taken else "not within 1 to 63"),

@@ -96,7 +96,12 @@ def load(directory: Path) -> HostConfig:
         raise UsageError(f"{path} cannot be read: {error}", remedy="mend it") from None
     check_keys(raw, str(path), ("device", "images"))
     devices = {}
-    for name, table in raw.get("device", {}).items():
+    offers = raw.get("device", {})
+    if not isinstance(offers, Mapping):
+        raise UsageError(
+            f"{path}: device is not a table", remedy="write [device.TYPE] before each type's keys"
+        )
+    for name, table in offers.items():
         where = f"{path}: [device.{name}]"
         if not isinstance(table, Mapping):
             raise UsageError(f"{where} is not a table", remedy="mend it")

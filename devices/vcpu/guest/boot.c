@@ -29,9 +29,10 @@ struct device boot_device(const char *type)
 		const char *entry = (const char *)(u64)(BOOT_PAGE + ENTRIES + i * ENTRY);
 
 		if (same(entry, type))
-			return (struct device){ *(u64 *)(entry + TYPE), *(u32 *)(entry + TYPE + 8) };
+			return (struct device){ *(u64 *)(entry + TYPE), *(u32 *)(entry + TYPE + 8),
+						*(u32 *)(entry + TYPE + 12) };
 	}
-	return (struct device){ 0, 0 };
+	return (struct device){ 0, 0, 0 };
 }
 
 u64 boot_option(const char *key, u64 otherwise)

@@ -47,6 +47,8 @@ static u64 read_pair(u32 offset)
 	return (u64)read32(rtc + offset + 4) << 32 | low;
 }
 
+u64 clock_wall(void) { return rtc ? read_pair(TIME) : counted; }
+
 u64 clock_now(void)
 {
 	if (!rtc)
@@ -79,7 +81,7 @@ void alarm_set(u64 tick)
 
 void alarm_look(void)
 {
-	u32 raised = pending();
+	u32 raised = pending() & ~disk_lines;
 
 	if (raised & ~line) /* nobody waits for these: they would only keep us awake */
 		pending_clear(raised & ~line);

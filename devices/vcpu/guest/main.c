@@ -14,6 +14,7 @@ static void wait_until(u64 due)
 
 	while ((now = clock_now()) < due && due - now <= period) {
 		alarm_look();
+		disk_look();
 		if (storm)
 			pages_rewrite(pages_batch);
 		else
@@ -64,6 +65,7 @@ void main(void)
 	say_number(device_count);
 	say_number(page_count);
 	say_end();
+	disk_open();
 
 	u64 due = clock_now();
 
@@ -80,6 +82,8 @@ void main(void)
 		work(storm ? 0 : dirty);
 		pages_sweep(sweep);
 		screen_step(tick);
+		disk_look();
+		disk_step();
 		alarm_look();
 		alarm_set(tick);
 		now = clock_now();

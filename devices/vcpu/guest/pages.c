@@ -21,7 +21,7 @@ static u64 random = 88172645463325252UL;
 static u64 swept; /* where the sweep is */
 static u64 swept_sum; /* of the generations behind it, as they are now */
 
-static u64 mix(u64 x)
+u64 mix(u64 x)
 {
 	x ^= x >> 30;
 	x *= 0xbf58476d1ce4e5b9UL;

@@ -57,7 +57,10 @@ class Host:
         self.process: subprocess.Popen[str] | None = None
         self.log = directory.with_suffix(".log")
 
-    def spawn(self, *words: str) -> subprocess.Popen[str]:
+    def spawn(self, *words: str, bus: str = "") -> subprocess.Popen[str]:
+        """:param bus: a shared bus to be managed on, too."""
+        environment = {name: value for name, value in os.environ.items() if name != "FERRY_BUS"}
+        environment |= {"FERRY_BUS": bus} if bus else {}
         if self.real:
             command = [
                 sys.executable,
@@ -73,11 +76,16 @@ class Host:
             command = [sys.executable, str(HERE / "run_host.py"), str(self.directory), *words]
         with self.log.open("a") as log:
             return subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+                env=environment,
             )
 
-    def start(self, *words: str) -> Host:
-        self.process = self.spawn(*words)
+    def start(self, *words: str, bus: str = "") -> Host:
+        self.process = self.spawn(*words, bus=bus)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert "ready" in line, self.log.read_text()

@@ -32,8 +32,9 @@ def outcome(spec: dict[str, Any], word: str, running_on: str, code: int, *reason
 
 
 def wait_for(command: str) -> None:
-    while json.loads(sys.stdin.readline())["cmd"] != command:
-        pass
+    while (words := json.loads(sys.stdin.readline())).pop("cmd") != command:
+        if words:
+            say(event="limits", **words)
 
 
 def source(spec: dict[str, Any]) -> NoReturn:

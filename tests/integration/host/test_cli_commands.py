@@ -109,6 +109,8 @@ def test_a_second_ctrl_c_leaves_the_job_to_the_daemon_and_says_so(running: Host)
     # The first one cannot be answered while the coordinator is stopped.
     [coordinator] = [e["pid"] for e in _started(running)]
     os.kill(coordinator, signal.SIGSTOP)
+    # A stop is not there at once: one that is woken in the middle of its read still takes what was written meanwhile.
+    eventually(lambda: _is_stopped(coordinator), "the coordinator stands still")
     ferry.send_signal(signal.SIGINT)
     eventually(lambda: _stdin_has(running), "the daemon was told to cancel")
     ferry.send_signal(signal.SIGINT)
@@ -122,6 +124,10 @@ def test_a_second_ctrl_c_leaves_the_job_to_the_daemon_and_says_so(running: Host)
 def _started(host: Host) -> list[dict[str, Any]]:
     [journal] = (host.directory / "jobs").glob("*.jsonl")
     return [event for event in objects(journal.read_text()) if event["event"] == "started"]
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _stdin_has(host: Host) -> bool:

@@ -188,8 +188,13 @@ def test_a_source_in_doubt_is_answered_by_the_ledger(peer: Peer, host: Host) -> 
     def ask(job: str, epoch: int) -> dict[str, Any]:
         return peer.want({"want": "ask", "machine": "web1", "job": job, "epoch": epoch})
 
+    assert ask("ab" * 16, 3) == {"answer": "unknown"}  # nothing is promised for a job that was never here
+    assert ledger.read(host.directory, "web1") == []
+    written = Ledger(host.directory, "web1")
+    written.write(Entry.INCOMING, "ab" * 16, 3)
+    written.close()
     assert ask("ab" * 16, 3) == {"answer": "aborted"}
-    assert [record.entry for record in ledger.read(host.directory, "web1")] == [Entry.ABORTED]
+    assert [record.entry for record in ledger.read(host.directory, "web1")] == [Entry.INCOMING, Entry.ABORTED]
     written = Ledger(host.directory, "web1")
     written.write(Entry.COMMITTED, "cd" * 16, 4)
     assert "another process holds the ledger" in ask("cd" * 16, 4)["error"]["reason"]

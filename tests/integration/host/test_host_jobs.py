@@ -54,6 +54,9 @@ def test_a_coordinator_is_told_what_was_asked_for(running: Host) -> None:
         "verify": True,
         "keep": "/tmp/kept",
         "hold": "round:1,ready",
+        "bandwidth": 5 << 30,
+        "timeout_seconds": 60,
+        "on_stall": "extend-downtime",
     }
     events = run(running, lambda client: whole(client, "exec:complete", **options))
     spec = next(event for event in events if event["event"] == "spec")["spec"]
@@ -70,7 +73,7 @@ def test_a_coordinator_is_told_what_was_asked_for(running: Host) -> None:
     assert spec["incarnation"] == (running.directory / "incarnation").read_text().strip()
     assert set(spec) == {
         "job", "machine", "bus", "to", "credentials", "host_name", "incarnation", "connections", "downtime_ms",
-        "verify", "check_only", "keep", "hold", "doubt_seconds",
+        "verify", "check_only", "keep", "hold", "doubt_seconds", "bandwidth", "timeout_seconds", "on_stall",
     }  # fmt: skip
 
 
@@ -257,6 +260,8 @@ def test_options_that_nobody_knows_are_refused_with_the_nearest(running: Host) -
         ({"connections": 17}, "exec:x", "17 connections"),
         ({"downtime_ms": 0}, "exec:x", "a downtime of 0 ms"),
         ({"keep": "here"}, "exec:x", "not an absolute path"),
+        ({"bandwidth": 1000}, "exec:x", "a bandwidth of 1000 bytes/s"),
+        ({"on_stall": "hope"}, "exec:x", "'hope' is nothing to do on a stall"),
         ({}, "hostb:4789", "no scheme"),
         ({}, "tls://hostb:4789", "no certificate"),
         ({}, "local:", "does not work yet"),

@@ -172,7 +172,7 @@ def test_a_peer_that_is_killed_is_noticed_at_once() -> None:
 
 
 def test_a_tcp_connection_notices_a_host_that_vanished_in_about_twenty_seconds() -> None:
-    """The options that make it so; that they do was seen with a link taken down (docs: 20 s idle, 20 s sending)."""
+    """The options that make it so; that they do was seen with a link taken down (see `sockets`)."""
     with socket.socket() as sock:
         sockets.tune(sock)
         option = lambda name: sock.getsockopt(socket.IPPROTO_TCP, name)  # noqa: E731

@@ -68,6 +68,17 @@ def test_on_a_terminal_one_line_is_rewritten_and_gone_at_the_end(monkeypatch: py
     assert rewritten[4].startswith("web1 runs at tls://b:1\n")
 
 
+def test_limits_are_on_the_line_and_a_change_of_them_is_said() -> None:
+    job = {"event": "job", "downtime_ms": 300, "bandwidth": 950 << 20}
+    limits = {"event": "limits", "downtime_ms": 2000.0, "bandwidth": 0.0}
+    limited = LINE.replace("send 900.0 MiB/s", "send 900.0 MiB/s (limit 950.0 MiB/s)") + " of 300"
+    assert shown(job, ROUND, limits, ROUND)[1].splitlines() == [
+        limited,
+        "limits: downtime 2.00 s, no limit of bandwidth",
+        f"{LINE} of 2000",
+    ]
+
+
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     assert "\r" not in shown(ROUND, err=Terminal())[1]

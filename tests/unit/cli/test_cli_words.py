@@ -14,7 +14,7 @@ import pytest
 
 from migrate.cli import main as main_module
 from migrate.cli.main import COMMANDS, entry, main
-from migrate.cli.words import directory_of
+from migrate.cli.words import directory_of, rate, where_of
 
 #: What a command may need, and its --help never does.
 HEAVY = {
@@ -86,6 +86,10 @@ def test_help_teaches_by_an_example_and_the_exit_codes(name: str, capsys: pytest
             "ferry: argument --downtime: invalid number value: 'soon' (see `ferry migrate --help`)",
         ),
         (
+            ["migrate", "web1", "--to", "x", "--bandwidth", "fast"],
+            "ferry: argument --bandwidth: invalid rate value: 'fast' (see `ferry migrate --help`)",
+        ),
+        (
             ["resolve", "web1", "--keep", "source"],
             "ferry: nothing was decided: only you can know that the other host does not run web1"
             " (fence it, then say so with --fenced)",
@@ -151,6 +155,31 @@ def test_a_reader_that_goes_away_is_no_error_to_shout_about() -> None:
     command = f"{sys.executable} -m migrate.cli --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_a_rate_is_written_as_people_do() -> None:
+    assert [rate(text) for text in ("none", "0", "65536", "64k", "1.5M", "2G")] == [
+        0, 0, 65536, 65536, 3 << 19, 2 << 30,
+    ]  # fmt: skip
+    with pytest.raises(argparse.ArgumentTypeError):
+        rate("-1M")
+
+
+def test_the_bus_is_the_option_then_the_variable_unless_a_directory_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("FERRY_BUS", "FERRY_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def where(bus: str | None = None, given: Path | None = None) -> Path | str:
+        return where_of(argparse.Namespace(bus=bus, dir=given))
+
+    monkeypatch.setenv("FERRY_BUS", "session")
+    assert where() == "session"
+    assert where("system", Path("/d")) == "system"
+    assert where(None, Path("/d")) == Path("/d")
+    monkeypatch.setenv("FERRY_DIR", "/e")
+    assert where() == Path("/e")
 
 
 def directory(monkeypatch: pytest.MonkeyPatch, given: Path | None = None, **environment: str) -> Path:

@@ -20,13 +20,21 @@ from devices.rtc import Rtc
 from devices.uart16550 import Uart16550
 from devices.vcpu import boot, platform_page
 from devices.vcpu.engine import Engine
-from devices.vcpu.platform_file import DeviceEntry, PlatformFile
+from devices.vcpu.platform_file import CONFIG_OFFSET, DeviceEntry, PlatformFile
 from devices.vcpu.platform_page import PlatformPage
 from devices.vcpu.runner import Runner
+from devices.virtio_blk import VirtioBlk
 from migrate.memory.addresses import GuestAddress
 from migrate.memory.region import GuestMemory, RegionSpec
 
-TYPES: dict[str, type[Device]] = {"uart16550": Uart16550, "rtc": Rtc, "display": Display}
+TYPES: dict[str, type[Device]] = {
+    "uart16550": Uart16550,
+    "rtc": Rtc,
+    "display": Display,
+    "virtio-blk": VirtioBlk,
+}
+#: Interrupt lines of those that have more than one.
+VECTORS = {"virtio-blk": 3}
 #: Where the guest keeps things: devices/vcpu/guest/guest.h.
 GENERATIONS, WORKING_SET = 0x40_0000, 0x80_0000
 SIZE = 32 * MIB
@@ -38,7 +46,7 @@ class Machine:
         self,
         directory: Path,
         cmdline: str = "",
-        types: tuple[str, ...] = tuple(TYPES),
+        types: tuple[str, ...] = ("uart16550", "rtc", "display"),
         memory: GuestMemory | None = None,
     ) -> None:
         """Cold; or, with memory, waiting for `load`."""
@@ -59,13 +67,24 @@ class Machine:
         if not fifo.exists():
             os.mkfifo(fifo)
         self._output = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        entries = []
+        self.image = directory / "disk.img"
+        if not self.image.exists():
+            self.image.touch()
+            os.truncate(self.image, 8 * MIB)
+        options = {"uart16550": {"output": str(fifo)}, "virtio-blk": {"image": str(self.image)}}
+        entries: list[DeviceEntry] = []
         for number, name in enumerate(types):
-            device = TYPES[name](name, {"output": str(fifo)} if name == "uart16550" else {})
+            device = TYPES[name](name, options.get(name, {}))
             device.memory.attach(0, SIZE, self.region.fd, 0)
-            device.irq().connect(os.dup(self.page.line(number)))
-            entries.append(DeviceEntry(name, name, "/nowhere", 0xD000_0000 + number * 0x100_0000, number))
-            self.engine.map_window(entries[-1].gpa, 0x1000, *_locked(device))
+            gpa = 0xD000_0000 + number * 0x100_0000
+            line = entries[-1].lines.stop if entries else 0
+            entry = DeviceEntry(name, name, "/nowhere", gpa, line, VECTORS.get(name, 1))
+            for irq, line in zip(device.all_irqs, entry.lines, strict=False):
+                irq.connect(os.dup(self.page.line(line)))
+            self.engine.map_window(gpa, -(-device.regions[0].size // 0x1000) * 0x1000, *_locked(device, 0))
+            if device.pci:
+                self.engine.map_window(gpa + CONFIG_OFFSET, 0x1000, *_locked(device, 7))
+            entries.append(entry)
             self.devices[name] = device
         if cold:
             boot.write(self.region.view, PlatformFile(tuple(entries), cmdline=cmdline))
@@ -130,20 +149,21 @@ class Machine:
     def close(self) -> None:
         self.runner.close()
         for device in self.devices.values():
-            device._irqs[0].connect(None)
+            for irq in device.all_irqs:
+                irq.connect(None)
             device.close()
         self.page.close()
         os.close(self._output)
 
 
-def _locked(device: Device) -> tuple[Callable[[int, int], int], Callable[[int, int, int], None]]:
+def _locked(device: Device, region: int) -> tuple[Callable[[int, int], int], Callable[[int, int, int], None]]:
     def read(offset: int, size: int) -> int:
         with device.lock:
-            return device.read(0, offset, size)
+            return device.read(region, offset, size)
 
     def write(offset: int, size: int, value: int) -> None:
         with device.lock:
-            device.write(0, offset, size, value)
+            device.write(region, offset, size, value)
 
     return read, write
 

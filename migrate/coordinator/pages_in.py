@@ -160,10 +160,10 @@ class PageReceiver:
                 self._tell(partial(self._fail, error))
             except Exception:
                 log.exception("event=page-thread-failed thread=%s", name)
-                error = FerryError(
+                failed = FerryError(
                     "a page thread failed here", phase=Phase.PRECOPY, remedy="see this host's logs"
                 )
-                self._tell(partial(self._fail, error))
+                self._tell(partial(self._fail, failed))
 
         thread = threading.Thread(target=run, name=name, daemon=True)
         self._threads.append(thread)

@@ -156,8 +156,7 @@ async def _play(options: Options, *, as_json: bool) -> int:
     stage = open_stage(options, say, tell, relay=scenario.relay)
     try:
         say(f"scenario {options.scenario}: {scenario.about}")
-        stage.destination.directory.mkdir()
-        (stage.destination.directory / "host.toml").write_text(scenario.destination_toml)
+        stage.configure(scenario.destination_toml)
         if stage.relay is not None:
             await stage.relay.start()
         await asyncio.gather(stage.source.start(), stage.destination.start(scenario.destination_hold(stage)))

@@ -23,6 +23,7 @@ MACHINE = "demo"
 #: The guest is seen to work before it is moved, and to go on after.
 TICKS_BEFORE = 30
 TICKS_AFTER = 30
+DISK_BYTES = 16 << 20
 BOOT_SECONDS = 60.0
 GO_ON_SECONDS = 60.0
 
@@ -68,8 +69,20 @@ class Stage:
             f'[vcpu]\ncmdline = "{self.cmdline()}"\n{tracker}\n'
             '[[device]]\nid = "uart0"\ntype = "uart16550"\n\n'
             '[[device]]\nid = "rtc0"\ntype = "rtc"\n\n'
-            f'[[device]]\nid = "display0"\ntype = "display"\n{tracker}'
+            f'[[device]]\nid = "display0"\ntype = "display"\n{tracker}\n'
+            f'[[device]]\nid = "disk0"\ntype = "virtio-blk"\nimage = "{self.image}"\nvectors = 3\n{tracker}'
         )
+
+    @property
+    def image(self) -> Path:
+        """The disk's image, on storage that both hosts share."""
+        return self.directory / "storage" / "disk0.img"
+
+    def configure(self, destination: str) -> None:
+        """The host.toml of both hosts; `destination` is what the destination's says besides."""
+        for host, more in ((self.source, ""), (self.destination, destination)):
+            host.directory.mkdir()
+            (host.directory / "host.toml").write_text(f'images = ["{self.image.parent}"]\n{more}')
 
     def cmdline(self) -> str:
         """Options of the guest: how much it rewrites each tick of 10 ms, and over what."""
@@ -265,6 +278,10 @@ def open_stage(options: Options, say: Say, tell: Callable[[Event], None], *, rel
     pki.init(keys, "vmferry demo")
     for name in ("hosta", "hostb"):
         pki.issue(keys, name, ["127.0.0.1"], 2)
+    storage = directory / "storage"
+    storage.mkdir()
+    with (storage / "disk0.img").open("wb") as image:
+        image.truncate(DISK_BYTES)
     source = DemoHost("hosta", directory / "hosta", keys / "hosta", "hostb")
     destination = DemoHost("hostb", directory / "hostb", keys / "hostb", "hosta")
     return Stage(

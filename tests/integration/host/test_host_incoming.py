@@ -196,6 +196,7 @@ def test_a_source_in_doubt_is_answered_by_the_ledger(peer: Peer, host: Host) -> 
     assert ask("ab" * 16, 3) == {"answer": "aborted"}
     assert [record.entry for record in ledger.read(host.directory, "web1")] == [Entry.INCOMING, Entry.ABORTED]
     written = Ledger(host.directory, "web1")
+    written.write(Entry.INCOMING, "cd" * 16, 4)
     written.write(Entry.COMMITTED, "cd" * 16, 4)
     assert "another process holds the ledger" in ask("cd" * 16, 4)["error"]["reason"]
     written.close()

@@ -134,6 +134,7 @@ def test_those_who_say_nothing_are_dropped_and_hold_up_others_no_longer_than_the
         good = connect(path, encode(PAGE))
         for _ in range(50):
             await asyncio.sleep(0)
+        assert arrivals.empty()
         assert len(listener._served) == 3  # the bound: the good one waits in the kernel's queue
         arrival = await arrivals.get()
         assert arrival.first == PAGE

@@ -13,6 +13,8 @@ import pytest
 from transport_rig import KINDS, SESSION, Hosts, Server, connected
 
 from migrate.errors import ChannelClosed, TransportError, UsageError
+from migrate.transport import control
+from migrate.transport.channel import SocketChannel
 from migrate.transport.control import accept_control, dial_control
 from migrate.transport.preamble import SIZE, Kind, Preamble, encode
 from migrate.transport.stream import ControlStream
@@ -152,15 +154,20 @@ def test_closing_or_aborting_wakes_our_own_reader_and_writer(kind: str, how: str
 @every_kind
 def test_a_peer_that_never_pauses_does_not_starve_other_tasks(kind: str, hosts: Hosts) -> None:
     async def work(ours: ControlStream, theirs: ControlStream) -> None:
-        async def flood() -> None:
-            while True:
-                await ours.write(bytes(4096), timeout=10)
-                await theirs.read_exactly(4096, timeout=10)
+        turns = 0
 
-        flooding = asyncio.create_task(flood())
-        for _ in range(100):  # without a turn for us this would never end
-            await asyncio.sleep(0)
-        flooding.cancel()
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        others = asyncio.create_task(other())
+        for _ in range(500):
+            await ours.write(bytes(4096), timeout=10)
+            await theirs.read_exactly(4096, timeout=10)
+        others.cancel()
+        assert turns >= 500
 
     talk(kind, hosts, work)
 
@@ -215,6 +222,31 @@ def test_a_dial_that_is_cancelled_returns_at_once_and_closes_what_comes_late(
 
     asyncio.run(run())
     join_set_up_threads()
+
+
+def test_a_channel_that_comes_when_nobody_waits_any_more_is_closed(hosts: Hosts) -> None:
+    go_on, closed = threading.Event(), threading.Event()
+
+    class Watched(SocketChannel):
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    one, other = socket.socketpair()
+
+    def work() -> Watched:
+        go_on.wait(20)
+        return Watched(one, "unix", "late")
+
+    async def run() -> None:
+        with pytest.raises(TransportError, match="late: not connected within 0 s"):
+            await control._in_thread(work, 0, "late")
+        go_on.set()
+        assert await asyncio.to_thread(closed.wait, 20)
+
+    with other:
+        asyncio.run(run())
+        join_set_up_threads()
 
 
 def test_a_dial_ends_by_its_deadline(server: Server, hosts: Hosts) -> None:

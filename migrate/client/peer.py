@@ -20,6 +20,12 @@ class Peer:
 
     def __init__(self, bus: Bus, owner: str) -> None:
         self.bus, self.owner = bus, owner
+        self._listening: set[asyncio.Queue[Heard | None]] = set()
+        bus.on_disconnect(self._gone)
+
+    def _gone(self) -> None:
+        for queue in self._listening:
+            queue.put_nowait(None)
 
     @classmethod
     async def connect(cls, address: str) -> Peer:
@@ -55,8 +61,8 @@ class Peer:
         :raises BusError: when the daemon goes.
         """
         queue: asyncio.Queue[Heard | None] = asyncio.Queue()
-        stops = [self.bus.watch_name(self.owner, lambda: queue.put_nowait(None))]
-        self.bus.on_disconnect(lambda: queue.put_nowait(None))
+        self._listening.add(queue)
+        stops = [self.bus.watch_name(self.owner, self._gone)]
         try:
             for interface, member in wanted:
                 stops.append(await self._hear(interface, member, queue))
@@ -64,6 +70,7 @@ class Peer:
             while (heard := await queue.get()) is not None:
                 yield heard
         finally:
+            self._listening.discard(queue)
             for stop in stops:
                 stop()
         raise BusError(

@@ -1,7 +1,8 @@
 """What the guest said: the lines of its UART on both hosts, joined byte for byte, and what they prove.
 
 The format is the guest's (devices/vcpu/guest/README.md): `T <tick> <now µs> <longest gap µs> <gap µs> <pages rewritten>` each tick,
-`CORRUPT <what> …` where one thing is off; `B` and `V` at the start, `D` after a flush of the disk. A line that began on one host ends on the other: nothing may be lost between them.
+`CORRUPT <what> …` where one thing is off; `B` and `V` at the start, `D` after a flush of the disk. A line that began on one host
+ends on the other: nothing may be lost between them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+#: Every line that is not CORRUPT: start, its disk, a tick, sectors that are durable.
+LINE = re.compile(rb"B( \d+){3,4}|V( \d+){4}|T( \d+){5}|D( \d+){2}")
 TICK = re.compile(rb"^T (\d+) (\d+) (\d+) (\d+) (\d+)$", re.MULTILINE)
 
 
@@ -56,11 +59,7 @@ def read(first: Path, second: Path | None, at_start: int) -> GuestReport:
     ticks = TICK.findall(whole)
     numbers = [int(match[0]) for match in ticks]
     missed = sum(1 for one, next_one in pairwise(numbers) if next_one != one + 1)
-    strange = sum(
-        1
-        for line in whole.splitlines()
-        if not re.match(rb"(T( \d+){5}|B( \d+){3,4}|V( \d+){3}|D( \d+){2})$", line)
-    )
+    strange = sum(1 for line in whole.splitlines() if not LINE.fullmatch(line))
     in_first = TICK.findall(before)
     return GuestReport(
         ticks_before=int(in_first[-1][0]) if in_first and second is not None else at_start,

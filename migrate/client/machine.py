@@ -6,7 +6,7 @@ from migrate.bus.host import SLOW, MigrateOptions, options_to_bus
 from migrate.bus.machine import INTERFACE
 from migrate.bus.status import MachineStatus, from_bus, machine_path
 from migrate.client.job import Job
-from migrate.client.peer import Peer, last_part
+from migrate.client.peer import Peer, last_parts
 
 
 class Machine:
@@ -48,4 +48,4 @@ class Machine:
     async def _job(self, member: str, signature: str, *body: object) -> Job:
         # Starting one may wait for the coordinator of the last one to say goodbye.
         path = await self._peer.call(self.path, INTERFACE, member, signature, *body, gives="o", timeout=SLOW)
-        return Job(self._peer, *last_part([path]))
+        return Job(self._peer, last_parts(path)[1])

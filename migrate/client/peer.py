@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from migrate.bus import Bus
+from migrate.bus.failures import UNKNOWN_OBJECT
 from migrate.bus.host import NAME, QUICK
 from migrate.bus.objects import PROPERTIES
-from migrate.errors import BusError
+from migrate.errors import BusError, DeviceRefused, UsageError
 
 #: path, member and body of a signal
 Heard = tuple[str, str, list[Any]]
@@ -45,9 +46,17 @@ class Peer:
         gives: str = "", timeout: float = QUICK,
     ) -> Any:  # fmt: skip
         """The value of the answer; None where it has none. :raises FerryError: what the daemon raised."""
-        answer = await self.bus.call(
-            self.owner, path, interface, member, signature, body, timeout=timeout, reply_signature=gives
-        )
+        try:
+            answer = await self.bus.call(
+                self.owner, path, interface, member, signature, body, timeout=timeout, reply_signature=gives
+            )
+        except DeviceRefused as error:
+            if UNKNOWN_OBJECT not in error.reason:
+                raise
+            kind, name = last_parts(path)
+            raise UsageError(
+                f"there is no {kind} {name!r} here", remedy="see `ferry list`, `ferry jobs`"
+            ) from None
         return answer[0] if answer else None
 
     async def properties(self, path: str, interface: str) -> dict[str, Any]:
@@ -87,6 +96,7 @@ class Peer:
         )
 
 
-def last_part(paths: Iterable[str]) -> list[str]:
-    """The names of objects by their paths."""
-    return [path.rsplit("/", 1)[1] for path in paths]
+def last_parts(path: str) -> tuple[str, str]:
+    """Of an object's path: what it is (job, machine), and its name as it stands there."""
+    kind, name = path.rsplit("/", 2)[-2:]
+    return kind, name

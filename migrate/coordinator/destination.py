@@ -101,9 +101,7 @@ class DestinationMigration:
         self._ready = False
         self._committing = False
         self._task: asyncio.Task[Any] | None = None
-        self._ended: GuestEnded | None = (
-            None  #: why the incoming machine is gone, where that was not our word
-        )
+        self._interrupted: FerryError | None = None  #: why the conversation was ended from outside of it
 
     async def run(self) -> dict[str, Any]:
         """Serve the connection to its end; the outcome as this side knows it."""
@@ -114,10 +112,10 @@ class DestinationMigration:
             try:
                 outcome |= await self._serve()
             except asyncio.CancelledError:
-                if self._ended is None or self._task is None:
+                if self._interrupted is None or self._task is None:
                     raise
                 self._task.uncancel()
-                raise self._ended from None
+                raise self._interrupted from None
         except FerryError as error:
             if isinstance(error, TransportError):
                 error.phase = str(self._phase)  # a channel does not know what it was used for
@@ -134,11 +132,15 @@ class DestinationMigration:
 
     def _machine_changed(self, state: str, detail: str) -> None:
         """The incoming machine is gone, as when a participant of it died: the source hears at once why, and of whom."""
-        if state == "ended" and not self._committing and self._ended is None and self._task is not None:
+        if state == "ended":
             device, why = self._parts.blame(detail) if self._parts is not None else (None, detail)
-            self._ended = GuestEnded(
-                why, phase=self._phase, device=device, remedy="see the destination's logs"
-            )
+            remedy = "see the destination's logs"
+            self._interrupt(GuestEnded(why, phase=self._phase, device=device, remedy=remedy))
+
+    def _interrupt(self, error: FerryError) -> None:
+        """There is nothing more to wait for; not where COMMIT has come, for then the ledger has the last word."""
+        if not self._committing and self._interrupted is None and self._task is not None:
+            self._interrupted = error
             self._task.cancel()
 
     # -- the conversation --------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ class DestinationMigration:
         await parts.supervisor.begin_incoming(manifest.job, manifest.epoch, link.stream.peer)
         self._begun = True
         self._memory = await parts.map_memory()
-        self._pages = PageReceiver(self._memory)
+        self._pages = PageReceiver(self._memory, self._interrupt)
         if start.connections > MAX_CONNECTIONS:
             raise RemoteProtocolError(
                 f"{start.connections} page channels were announced", phase=Phase.PRECOPY

@@ -189,7 +189,9 @@ class Link:
     async def _page(self, header: frames.Header, body: bytes) -> None:
         if self._pages is None:
             raise ChannelClosed(
-                "page frames came on the control channel, where none were agreed", phase=Phase.PRECOPY
+                "page frames came on the control channel, where none were agreed",
+                phase=Phase.PRECOPY,
+                remedy="see the log of the peer; it may be no vmferry",
             )
         await self._pages(header, body)
 

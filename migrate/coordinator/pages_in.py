@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.coordinator.pages_out import GATHER_BELOW, Channel
-from migrate.errors import FerryError, Phase, RemoteProtocolError
+from migrate.errors import FerryError, Phase, RemoteProtocolError, TransportError
 from migrate.memory import PAGE_SIZE, GuestMemory, PageRuns
 from migrate.protocol import frames
 from migrate.protocol.frames import Kind
@@ -96,8 +96,12 @@ class PageDecoder:
 class PageReceiver:
     """The threads of all page channels, and what their MARKs say. Made in the event loop; told of channels as they join."""
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(
+        self, memory: GuestMemory, on_refusal: Callable[[FerryError], None] = lambda error: None
+    ) -> None:
+        """:param on_refusal: told of what may not be, at once: the source may be in the middle of a long round."""
         self.memory = memory
+        self._on_refusal = on_refusal
         self._loop = asyncio.get_running_loop()
         self._channels: list[Channel] = []
         self._threads: list[threading.Thread] = []
@@ -197,6 +201,8 @@ class PageReceiver:
         if not self._stopping.is_set():
             self._failure = self._failure or error
             self._changed.set()
+            if not isinstance(error, TransportError):  # that the peer is gone is the control channel's to say
+                self._on_refusal(error)
 
     async def close(self) -> None:
         """Wake and join every thread; memory may be unmapped after this."""

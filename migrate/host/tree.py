@@ -47,7 +47,13 @@ class Tree:
         if status is None:
             self._objects.remove(path)
         elif path not in self._objects:
-            self._objects.add(path, lambda guard: job_interface(self._service, name, lambda: status, guard))
+            # Looked up each time: a job that is there again under its old name has a status of its own.
+            self._objects.add(
+                path,
+                lambda guard: job_interface(
+                    self._service, name, lambda: self._jobs.status(name) or status, guard
+                ),
+            )
             self.machine(status.machine)
         else:
             self._objects.changed(path, now=urgent)

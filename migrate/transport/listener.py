@@ -226,9 +226,8 @@ def _bind_unix(path: str) -> socket.socket:
     try:
         with _directory_locked(Path(path).parent):
             _clear_stale(path)
-            os.fchmod(
-                sock.fileno(), 0o600
-            )  # before bind: the file is born with this mode (unix_bind in the kernel)
+            # before bind: the file is born with this mode (unix_bind in the kernel)
+            os.fchmod(sock.fileno(), 0o600)
             sock.bind(path)
             # within the lock: a socket that does not listen yet looks stale to another starter
             sock.setblocking(False)

@@ -367,7 +367,11 @@ class Trail:
         """No line is damaged, no tick is missing or there twice, and nothing was corrupt."""
         self._take()
         whole = self._said[self._said.find(b"\n") + 1 : self._said.rfind(b"\n") + 1]
-        strange = [line for line in whole.splitlines() if not re.fullmatch(rb"T( \d+){5}|B( \d+){3,4}|V( \d+){4}|D( \d+){2}", line)]
+        strange = [
+            line
+            for line in whole.splitlines()
+            if not re.fullmatch(rb"T( \d+){5}|B( \d+){3,4}|V( \d+){4}|D( \d+){2}", line)
+        ]
         assert strange == []
         numbers = [int(number) for number in TICK.findall(whole)]
         assert len(numbers) >= 20

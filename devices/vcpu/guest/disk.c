@@ -66,15 +66,13 @@ void disk_open(void)
 {
 	struct device device = boot_device("virtio-blk");
 
-	every = boot_option("disk", 4);
-	disk_lines = 0;
-	if (!device.registers || !device.vectors || !every)
+	every = disk_lines = under_way = 0;
+	if (!device.registers || !device.vectors || !boot_option("disk", 4))
 		return;
 	features = virtio_open(device, VIRTIO_EVENT_IDX | VIRTIO_INDIRECT | FEATURE_RO | FEATURE_FLUSH | FEATURE_MQ
 				       | FEATURE_DISCARD | FEATURE_ZEROES);
 	if (!features) {
 		corrupt("disk_open", 0, 1, 0);
-		every = 0;
 		return;
 	}
 	queue_count = virtio_queues() < QUEUES ? virtio_queues() : QUEUES;
@@ -93,10 +91,9 @@ void disk_open(void)
 	if (wanted > MOST_BLOCKS)
 		wanted = MOST_BLOCKS;
 	blocks = (u32)(sectors / SECTORS < wanted ? sectors / SECTORS : wanted);
-	if (!blocks)
-		every = 0;
+	every = blocks ? (u32)boot_option("disk", 4) : 0;
 	boot_seed = (u32)(clock_wall() / 1000000);
-	operation = flushed = reads = turn = under_way = writes_under_way = 0;
+	operation = flushed = reads = turn = writes_under_way = 0;
 	durable_sectors = 0;
 	flushing = 0;
 	for (u32 i = 0; i < blocks; i++)

@@ -24,7 +24,7 @@ from migrate.bus.job import INTERFACE as JOB
 from migrate.bus.machine import INTERFACE as MACHINE
 from migrate.bus.objects import Objects
 from migrate.bus.service import Call
-from migrate.client import Host, JobStatus, Limits, MachineStatus, MigrateOptions
+from migrate.client import Host, JobStatus, Limits, MigrateOptions
 from migrate.errors import BusError, DeniedError, UsageError
 
 T = TypeVar("T")
@@ -94,7 +94,9 @@ def test_a_machine_is_an_object_that_says_what_it_is(host: Daemon) -> None:
         await web1.pause()
         assert (await web1.status()).state == "paused"
         await web1.resume()
-        assert isinstance(await web1.status(), MachineStatus)
+        assert (await web1.status()).state == "running"
+        with pytest.raises(UsageError, match="there is no machine 'web2' here"):
+            await client.machine("web2").status()
 
     with_client(host, look)
 

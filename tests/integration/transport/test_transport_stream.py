@@ -140,8 +140,12 @@ def test_closing_or_aborting_wakes_our_own_reader_and_writer(kind: str, how: str
         if how == "abort":
             ours.abort()
         else:
+            descriptors = ours._fds
             await ours.close()
             await ours.close()
+            loop = asyncio.get_running_loop()  # which must not watch numbers that may be another's by now
+            assert not loop.remove_reader(descriptors[False])
+            assert not loop.remove_writer(descriptors[True])
         for task in (reading, writing):
             with pytest.raises(ChannelClosed, match="given up by this side"):
                 await task

@@ -203,19 +203,30 @@ def test_a_peer_that_answers_in_the_clear_does_not_speak_tls(server: Server, hos
     accepted.result(20)
 
 
-def test_a_client_that_talks_garbage_where_tls_should_begin_is_refused_and_can_read_the_alert(
-    server: Server, hosts: Hosts
-) -> None:
+def test_a_client_that_talks_garbage_where_tls_should_begin_is_refused(server: Server, hosts: Hosts) -> None:
     accepted = serve(server, hosts.b)
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
-        sock.sendall(encode(FIRST) + b"GET / HTTP/1.1\r\n\r\n" * 1000)
+        sock.sendall(encode(FIRST) + b"GET / HTTP/1.1\r\n\r\n")
+        with pytest.raises(TransportError, match="does not speak TLS"):
+            accepted.result(20)
+
+
+def test_a_refused_client_can_read_the_alert_although_it_said_more_than_was_read(
+    server: Server, hosts: Hosts
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    hello = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), hello, server_hostname="hostb").do_handshake()
+    accepted = serve(server, hosts.b)
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(encode(FIRST) + hello.read() + bytes(20_000))
         answer = b""
-        while data := sock.recv(
-            100
-        ):  # to its end: a reset here could have overtaken the alert on a real network
+        while data := sock.recv(100):  # to its end: a reset could overtake the alert on a real network
             answer += data
     assert answer[:1] == b"\x15"  # a record of the type alert (RFC 8446 §5.1)
-    with pytest.raises(TransportError, match="does not speak TLS"):
+    with pytest.raises(TransportError, match=r"does not speak TLS 1\.3"):
         accepted.result(20)
 
 

@@ -8,7 +8,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from migrate.bus import Bus, DeviceClient, PrivateBus, discover
 from migrate.memory.addresses import GuestAddress
@@ -24,6 +26,12 @@ WRITERS = ("display0", "vcpu0")
 
 
 class Machine:
+    #: Each device's Id and type, in the order of their windows and interrupt lines.
+    devices = DEVICES
+    writers = WRITERS
+    #: Interrupt lines of those that have more than one.
+    vectors: Mapping[str, int] = {}
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.daemon = PrivateBus(directory / "bus")
@@ -41,20 +49,30 @@ class Machine:
         await self.daemon.start()
         self.bus = await Bus.connect(self.daemon.address)
         mode = "--incoming" if incoming else "--paused"
-        entries = []
-        for number, (name, kind) in enumerate(DEVICES.items()):
-            options = ["--option", f"output={self.output}"] if kind == "uart16550" else []
+        entries: list[dict[str, Any]] = []
+        line = 0
+        for number, (name, kind) in enumerate(self.devices.items()):
             socket = str(self.directory / name)
-            await self.spawn(name, f"devices.{kind}", mode, "--socket", socket, *options)
+            tracks = ["--tracker", tracker] if name in self.writers else []
+            await self.spawn(
+                name, f"devices.{kind.replace('-', '_')}", mode, "--socket", socket, *tracks, *self.options(kind)
+            )
             gpa = 0xD000_0000 + number * 0x100_0000
-            entries.append({"id": name, "type": kind, "socket": socket, "gpa": gpa, "irq": number})
+            vectors = self.vectors.get(kind, 1)
+            entries.append(
+                {"id": name, "type": kind, "socket": socket, "gpa": gpa, "irq": line, "vectors": vectors}
+            )
+            line += vectors
         platform = self.directory / "platform.json"
         platform.write_text(json.dumps({"devices": entries, "cmdline": cmdline}))
         await self.spawn("vcpu0", "devices.vcpu", mode, "--platform", str(platform), "--tracker", tracker)
         await self.find_all()
         self.memory = GuestMemory.create([RegionSpec(GuestAddress(0), SIZE)], "machine")
-        for name in WRITERS:
+        for name in self.writers:
             await self.clients[name].attach_memory(0, SIZE, self.memory.regions[0].fd, 0)
+
+    def options(self, kind: str) -> list[str]:
+        return ["--option", f"output={self.output}"] if kind == "uart16550" else []
 
     async def spawn(self, name: str, module: str, *arguments: str) -> asyncio.subprocess.Process:
         self.processes[name] = await asyncio.create_subprocess_exec(
@@ -77,13 +95,13 @@ class Machine:
 
     async def run(self, stopped_ns: int = 0) -> None:
         for state in ("RUNNING_P2P", "RUNNING"):
-            for name in (*DEVICES, "vcpu0"):
+            for name in (*self.devices, "vcpu0"):
                 await self.clients[name].set_state(state, stopped_ns=stopped_ns)
 
     async def rest(self, *, last: str = "STOP") -> None:
         p2p = "PRE_COPY_P2P" if last == "STOP_COPY" else "RUNNING_P2P"
         for state in (p2p, last):
-            for name in ("vcpu0", *DEVICES):
+            for name in ("vcpu0", *self.devices):
                 await self.clients[name].set_state(state)
 
     async def save(self) -> dict[str, bytes]:
@@ -101,7 +119,7 @@ class Machine:
     async def collect(self) -> DirtyBitmap:
         assert self.memory is not None
         dirty = DirtyBitmap(self.memory.page_count)
-        for name in WRITERS:
+        for name in self.writers:
             fd, _ = await self.clients[name].collect_dirty()
             dirty.or_bytes(read_sealed(fd, dirty.nbytes, limit=1 << 20))
             os.close(fd)

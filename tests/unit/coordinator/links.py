@@ -30,12 +30,15 @@ class Raw:
 
     async def hear(self) -> Message:
         """The next message but PING and PONG."""
-        while True:
-            header = frames.decode_header(await self.stream.read_exactly(16, timeout=5))
-            body = frames.decode_control(await self.stream.read_exactly(header.length, timeout=5))
-            message = messages.decode(body)
-            if not isinstance(message, messages.Ping | messages.Pong):
-                return message
+        while isinstance(message := await self.hear_any(), messages.Ping | messages.Pong):
+            pass
+        return message
+
+    async def hear_any(self) -> Message:
+        header = frames.decode_header(await self.stream.read_exactly(16, timeout=5))
+        return messages.decode(
+            frames.decode_control(await self.stream.read_exactly(header.length, timeout=5))
+        )
 
     async def hang_up(self) -> None:
         await self.stream.close()

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -150,6 +151,7 @@ async def _follow_bus(service: Service, address: str) -> None:
             bus.export(PATH, *interfaces)
             for name in service.names:
                 await bus.request_name(name, queue=True)
+            gc.freeze()  # no collection walks what is there by now, least of all while the machine stands still
             log.info("event=ready state=%s bus=%s name=%s", service.state, address, bus.unique_name)
             found, pause = True, _RETRY_FIRST
             await _first(stop.wait(), bus.closed.wait())

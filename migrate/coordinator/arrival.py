@@ -6,6 +6,7 @@ Used by destination.py once a machine was accepted; knows no ledger and no COMMI
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import time
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Arrival:
 
     async def rounds(self) -> m.Stopped:
         """Everything up to STOPPED."""
+        gc.freeze()  # no collection walks what is there by now, least of all while the machine stands still
         while True:
             message = await self.link.receive(timeout=PATIENCE)
             if isinstance(message, m.Round):

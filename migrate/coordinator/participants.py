@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -214,16 +215,17 @@ class Participants:
         return [member for member in self.members if member.info.streams]
 
     async def start_streams(self) -> None:
-        await self._each(
-            self.streaming(),
-            lambda member: member.client.set_state(DeviceState.PRE_COPY, phase=Phase.PRECOPY),
-        )
+        """Into PRE_COPY; of a paused machine into STOP_COPY, for nothing of it may run because it is looked at."""
+        paused = self.description["state"] == "paused"
+        state = DeviceState.STOP_COPY if paused else DeviceState.PRE_COPY
+        await self._each(self.streaming(), lambda member: member.client.set_state(state, phase=Phase.PRECOPY))
 
     async def chunks(self, left: dict[str, int], *, phase: Phase) -> AsyncIterator[tuple[str, bytes]]:
-        """What streams have now, chunk by chunk; `left` is kept up to date, bytes by device."""
+        """What streams have now, chunk by chunk; `left` is kept up to date, bytes by device. After the stop, all of it."""
+        most = STREAM_ROUND_BYTES if phase is Phase.PRECOPY else sys.maxsize
         for member in self.streaming():
             taken = 0
-            while taken < STREAM_ROUND_BYTES:
+            while taken < most:
                 fd, size, remaining = await member.client.stream_read(MAX_CHUNK, phase=phase)
                 try:
                     left[member.id] = remaining

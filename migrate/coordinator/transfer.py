@@ -6,6 +6,7 @@ Used by source.py once both sides have agreed; knows no ledger and no COMMIT.
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Transfer:
 
         :raises NotConvergingError: if it never will.
         """
+        gc.freeze()  # no collection walks what is there by now, least of all while the machine stands still
         policy = self.policy
         left: dict[str, int] = {}
         number = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 #: How long an incoming machine waits for the first word of its coordinator, s: one that died before it spoke leaves no orphan.
 UNCLAIMED_SECONDS = 60.0
+#: Between two attempts to bring a bus back, s.
+BUS_AGAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class MachineProcess:
         self.roster: Roster | None = None
         self.ledger: Ledger | None = None
         self.memory: GuestMemory | None = None
+        self._keeper: asyncio.Task[None] | None = None
 
     async def build(self) -> Supervisor:
         spec, machine = self.spec, self.spec.machine
@@ -105,13 +109,35 @@ class MachineProcess:
         self.supervisor = Supervisor(
             machine, self.roster, self.memory, self.ledger, changed=self._changed, watch=self._watch
         )
-        self.bus.export(PATH, supervisor_interface(SupervisorFace(self.supervisor)))
-        await self.bus.request_name(NAME, queue=False)
+        await self._serve(self.bus, self.supervisor)
+        self._keeper = asyncio.create_task(self._keep_bus(self.roster, self.supervisor))
         if not spec.incoming:
             if self.ledger.verdict() is Verdict.RELEASED:
                 self.ledger.write(Entry.RESUMED, "fresh", self.ledger.next_epoch(), detail="started afresh")
             await self.supervisor.start()
         return self.supervisor
+
+    async def _serve(self, bus: Bus, supervisor: Supervisor) -> None:
+        bus.export(PATH, supervisor_interface(SupervisorFace(supervisor)))
+        await bus.request_name(NAME, queue=False)
+
+    async def _keep_bus(self, roster: Roster, supervisor: Supervisor) -> None:
+        """A bus that dies is brought back at the same path; the participants find it, and so does whoever wants something.
+
+        No coordinator outlives it: what was asked of us may have been lost, so the machine's state decides, as when one dies.
+        """
+        while True:
+            status = await self.private_bus.wait_died()
+            log.error("event=bus-died machine=%s status=%s", self.spec.machine.name, status)
+            try:
+                await self.private_bus.restart()
+                self.bus = await Bus.connect(self.private_bus.address)
+                await self._serve(self.bus, supervisor)
+                await roster.find(self.bus)
+            except FerryError as error:  # a participant may be dead as well: that is told by its own death
+                log.error("event=bus-not-whole machine=%s error=%s", self.spec.machine.name, error)
+                await asyncio.sleep(BUS_AGAIN_SECONDS)
+            supervisor.bus_was_lost()
 
     def _changed(self, state: str, detail: str) -> None:
         if self.bus is not None and not self.bus.closed.is_set():
@@ -126,6 +152,9 @@ class MachineProcess:
             self.supervisor.participant_died(child)
 
     async def tear_down(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
         if self.roster is not None:
             await self.roster.stop_all()
         if self.bus is not None:
@@ -155,6 +184,7 @@ async def supervise(spec: Spec, ready_fd: int) -> int:
                 ready_fd, {"error": error.as_reason().to_wire(), "code": error.code, "exit": error.exit_code}
             )
             return error.exit_code
+        gc.freeze()  # no collection walks what is there by now, least of all while the machine stands still
         _tell(ready_fd, {"bus": process.private_bus.address, "pid": os.getpid()})
         waits = [asyncio.create_task(supervisor.ended.wait()), asyncio.create_task(stop.wait())]
         if spec.incoming:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from migrate.bus import Bus, DeviceClient, DeviceInfo, discover
-from migrate.errors import DeviceRefused, DeviceTimeout, FerryError, Phase
+from migrate.errors import DeviceGone, DeviceRefused, DeviceTimeout, FerryError, Phase
 from migrate.machine.children import Child
 from migrate.machine.config import VCPU_ID, DeviceConfig, MachineConfig
 from migrate.machine.hostconfig import HostConfig
@@ -54,6 +54,7 @@ class Roster:
         self.participants: dict[str, Participant] = {}
         self.children: dict[str, Child] = {}
         self._on_death = on_death
+        self._found = asyncio.Condition()  #: told when the participants were looked up anew
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
@@ -153,6 +154,8 @@ class Roster:
                     remedy="mend `type` or `command` in machine.toml",
                 )
             self.participants[name] = Participant(config, self.children[name], found[name], info)
+        async with self._found:
+            self._found.notify_all()
 
     # -- two-phase stop and start --------------------------------------------------------------------------------------
 
@@ -262,10 +265,25 @@ class Roster:
     ) -> None:
         """All at once; every one is waited for, then the first failure is raised."""
         wanted = [p for p in participants if not p.info.opaque]
-        results = await asyncio.gather(*(action(p) for p in wanted), return_exceptions=True)
+        results = await asyncio.gather(*(self._one(p, action) for p in wanted), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+    async def _one(self, p: Participant, action: Callable[[Participant], Awaitable[None]]) -> None:
+        """Once more where the bus died under it and the participant did not: all that is asked here may be asked twice."""
+        try:
+            await action(p)
+        except DeviceGone:
+            if not (p.child.alive and p.client.bus.closed.is_set()):
+                raise
+            log.warning("event=bus-lost-under-call device=%s", p.config.id)
+            try:
+                async with asyncio.timeout(APPEAR_SECONDS), self._found:
+                    await self._found.wait_for(lambda: self.participants[p.config.id] is not p)
+            except TimeoutError:
+                pass  # it is as it was: the error below says so
+            await action(self.participants[p.config.id])
 
     async def stop_all(self) -> None:
         """End every process; the vCPU first, for it is the client of the others."""

@@ -420,6 +420,11 @@ class Supervisor:
             self._unwatch()
             self._unwatch = None
 
+    def bus_was_lost(self) -> None:
+        """The machine's bus died and is back: no coordinator is on it any more."""
+        if self.job is not None:
+            self._background(self._coordinator_gone(self.job.coordinator))
+
     async def _coordinator_gone(self, coordinator: str) -> None:
         async with self._lock:
             job = self.job

@@ -203,9 +203,7 @@ def _bind(family: int, kind: int, protocol: int, where: tuple[object, ...]) -> s
 
 
 def _cannot_bind(address: ListenAddress, error: OSError) -> UsageError:
-    port = (
-        address.port if isinstance(address, TlsDestination) else 0
-    )  # a path is not bound while it is in use
+    port = address.port if isinstance(address, TlsDestination) else 0  # no path is bound while in use
     what, remedy = {
         errno.EADDRINUSE: (
             f"port {port} is in use already",

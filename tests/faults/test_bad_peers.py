@@ -366,7 +366,7 @@ def test_a_flood_that_a_device_is_too_slow_for_waits_on_the_wire_and_not_in_memo
     schema = catalog.load("display").at(1)
     display = m.DeviceEntry(
         id="display0", type="display", protocol="vfio-user", versions=(1,), digest=schema.digest, tracker="none",
-        opaque=False, gpa=0xD000_0000, irq=1, options={}, disks=(),
+        opaque=False, gpa=0xD000_0000, irq=1, vectors=1, options={}, disks=(),
     )  # fmt: skip
 
     async def play() -> None:

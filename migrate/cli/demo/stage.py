@@ -93,8 +93,6 @@ class Stage:
             return "dirty=64"
         if rate == "0":
             return "dirty=0"
-        if rate == "0":
-            return "dirty=0"
         from migrate.machine.config import parse_size
 
         return f"dirty={max(1, parse_size(rate, '--dirty-rate') // 4096 // 100)}"

@@ -15,6 +15,8 @@ from dbus_next.introspection import Node
 
 from migrate.bus import Bus, Call, Interface, Method, PrivateBus, Property, Signal, device_interfaces
 from migrate.bus.host import host_interface
+from migrate.bus.job import job_interface
+from migrate.bus.machine import machine_interface
 from migrate.bus.supervisor import supervisor_interface
 from migrate.errors import LocalProtocolError
 
@@ -234,5 +236,12 @@ def test_what_is_served_is_what_docs_dbus_says() -> None:
             return None
 
     nobody: Any = Anything()
-    for interface in (*device_interfaces(nobody), supervisor_interface(nobody), host_interface(nobody)):
+    interfaces = (
+        *device_interfaces(nobody),
+        supervisor_interface(nobody),
+        host_interface(nobody, nobody),
+        machine_interface(nobody, "m", nobody, nobody),
+        job_interface(nobody, "j", nobody, nobody),
+    )
+    for interface in interfaces:
         assert served(interface) == documented(interface.name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from demo_runs import DemoRun, Playbill, Wanted
+
+from tests.integration.demo.demo_runs import DemoRun, Playbill, Wanted
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers import LAUNCHERS, NOBODY
-
 from tests.faults.leftovers import Pen, Process
+from tests.integration.demo.launchers import LAUNCHERS, NOBODY
 
 FERRY = (sys.executable, "-m", "migrate.cli")
 #: Enough for the guest and small enough for two demos on a small machine.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from demo_runs import DemoRun
+from tests.integration.demo.demo_runs import DemoRun
 
 KEYS = {
     "event", "outcome", "running_on", "exit_code", "reasons", "ram_bytes", "ram_bytes_sent", "rounds", "downtime_ms",
     "downtime", "slowest_device", "guest", "verified",
 }  # fmt: skip
 DOWNTIME = {"stop", "pages", "save", "send", "load", "commit", "resume", "network"}
-DEVICES = {"uart0", "rtc0", "display0", "vcpu0"}
+DEVICES = {"uart0", "rtc0", "display0", "disk0", "vcpu0"}
 MIB = 1 << 20
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from demo_runs import DemoRun
-from outcomes import check
 
 from migrate.machine.ledger import Entry, read
+from tests.integration.demo.demo_runs import DemoRun
+from tests.integration.demo.outcomes import check
 
 PATIENT = ("--downtime", "5000")
 
@@ -59,13 +59,3 @@ def test_with_the_destination_gone_it_stays_in_doubt_until_the_operator_decides(
     assert played.kept is not None
     said = [record.entry for record in read(played.kept / "hosta", "demo")]
     assert said == [Entry.OUTGOING, Entry.PEER, Entry.COMMIT, Entry.RESUMED]
-
-
-@pytest.mark.demo("--scenario", "commit-lost", "--at", "after", "--destination-gone", *PATIENT)
-def test_a_destination_that_had_committed_and_is_gone_is_the_operators_to_judge_as_well(
-    played: DemoRun,
-) -> None:
-    last = check(played, "in_doubt", "source", 4, "while_in_doubt", "resolved")
-    in_doubt(played)
-    assert last["while_in_doubt"] == {"source": "in-doubt", "destination": "running"}
-    assert last["resolved"] == {"keep": "source", "state": "running"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from demo_runs import DemoRun
-from outcomes import DEVICES, MIB, check, check_moved
 
 from migrate.errors import TrackerError
 from migrate.machine import ledger
 from migrate.memory import prove
 from migrate.state import blob
+from tests.integration.demo.demo_runs import DemoRun
+from tests.integration.demo.outcomes import DEVICES, MIB, check, check_moved
 
 #: More than any CI machine needs. That the limit is kept is not what these are about.
 PATIENT = ("--downtime", "5000")
@@ -31,7 +31,7 @@ def test_keep_leaves_blobs_that_can_be_read_ledgers_and_logs(played: DemoRun) ->
     assert played.kept is not None
     blobs = {path.stem: blob.unpack(path.read_bytes()) for path in played.kept.glob("*.blob")}
     assert {name: found.type for name, found in blobs.items()} == {
-        "uart0": "uart16550", "rtc0": "rtc", "display0": "display", "vcpu0": "vcpu",
+        "uart0": "uart16550", "rtc0": "rtc", "display0": "display", "disk0": "virtio-blk", "vcpu0": "vcpu",
     }  # fmt: skip
     assert {found.instance for found in blobs.values()} == DEVICES
     verdicts = {

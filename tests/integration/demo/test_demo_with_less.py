@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from demo_runs import DemoRun, run
-from launchers import LAUNCHERS, NOBODY, unprivileged
-from outcomes import check_moved
+
+from tests.integration.demo.demo_runs import DemoRun, run
+from tests.integration.demo.launchers import LAUNCHERS, NOBODY, unprivileged
+from tests.integration.demo.outcomes import check_moved
 
 PATIENT = ("--downtime", "5000")
 

@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from demo_runs import DemoRun, run
+
+from tests.integration.demo.demo_runs import DemoRun, run
 
 
 def refused(played: DemoRun) -> str:
@@ -29,6 +30,7 @@ def refused(played: DemoRun) -> str:
         (["--at", "round-2"], "--at round-2"),
         (["--scenario", "destination-killed", "--at", "nowhere"], "round-2, switchover"),
         (["--destination-gone"], "commit-lost"),
+        (["--scenario", "commit-lost", "--at", "after", "--destination-gone"], "must not be brought back"),
         (["--memory", "3x"], "--memory: '3x'"),
         (["--dirty-rate", "fast"], "--dirty-rate: 'fast'"),
         (["--connections", "17"], "--connections 17"),

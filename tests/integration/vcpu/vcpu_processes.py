@@ -55,7 +55,13 @@ class Machine:
             socket = str(self.directory / name)
             tracks = ["--tracker", tracker] if name in self.writers else []
             await self.spawn(
-                name, f"devices.{kind.replace('-', '_')}", mode, "--socket", socket, *tracks, *self.options(kind)
+                name,
+                f"devices.{kind.replace('-', '_')}",
+                mode,
+                "--socket",
+                socket,
+                *tracks,
+                *self.options(kind),
             )
             gpa = 0xD000_0000 + number * 0x100_0000
             vectors = self.vectors.get(kind, 1)

@@ -60,7 +60,9 @@ def missing(image: Path, said: Sequence[str], beyond: int = 32) -> list[str]:
             there = data[SECTOR * sector : SECTOR * (sector + 1)]
             if not any(there == content(sector, one, seed) for one in operations):
                 name = int.from_bytes(there[:8], "little")
-                found.append(f"sector {sector} is of {name >> 32} and not of {operations[0]}, {operations[1:]}")
+                found.append(
+                    f"sector {sector} is of {name >> 32} and not of {operations[0]}, {operations[1:]}"
+                )
     return found
 
 

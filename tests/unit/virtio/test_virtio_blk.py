@@ -26,7 +26,7 @@ from virtio_driver import (
     Answer,
     DiskQueue,
 )
-from virtio_rig import ACCEPTED, Disk, access
+from virtio_rig import ACCEPTED, Disk
 
 from devices.virtio import blk
 from devices.virtio.blk import MAX_DATA, BlockCore
@@ -226,7 +226,7 @@ def test_a_mistake_of_ours_in_a_request_is_answered_as_an_error(
 @pytest.fixture
 def core(rig: Rig) -> BlockCore:
     disk = rig.disk()
-    core = BlockCore(disk.device.image, access(rig.memory), b"serial", 1)
+    core = BlockCore(disk.device.image, disk.device.memory, b"serial", 1)
     core.negotiated = core.features
     return core
 

@@ -6,7 +6,6 @@ No threads and no clock: the steps of the queues' threads are rules like all oth
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -216,10 +215,7 @@ class History(RuleBasedStateMachine):
         self.copy.regions[0].pages[pages] = self.memory.regions[0].pages[pages]
 
     def replace(self, memory: GuestMemory, state: bytes) -> None:
-        self.disk.device.image.close()
-        for irq, eventfd in zip(self.disk.device.all_irqs, self.disk.eventfds, strict=True):
-            irq.connect(None)
-            os.close(eventfd)
+        self.disk.lose()
         self.disk = self.make(memory)
         self.disk.load(state)
         assert self.disk.save() == state
@@ -282,4 +278,6 @@ def test_the_tracker_of_these_histories_can_miss_a_write() -> None:
     dirty = DirtyBitmap(memory.page_count)
     found.tracker.collect(dirty)
     assert dirty.pages_array().tolist() == [6]
+    found.tracker.close()
+    found.attached.close()
     memory.close()

@@ -23,19 +23,24 @@ class Pair:
         self.memory = make_memory()
         self.guest = Guest(self.memory)
         self.ring = Ring(self.guest, BASE, size, event_idx=event_idx, start=start)
-        self.queue = SplitQueue(access(self.memory), 128)
+        self._access = access(self.memory)
+        self.queue = SplitQueue(self._access, 128)
         self.queue.size, self.queue.enabled = size, True
         self.queue.descriptors, self.queue.available = self.ring.descriptors, self.ring.available
         self.queue.used = self.ring.used
         self.queue.taken = self.queue.returned = start
         self.queue.configure(event_idx=event_idx, indirect=True)
 
+    def close(self) -> None:
+        self._access.attached.close()
+        self.memory.close()
+
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     pair = Pair()
     yield pair
-    pair.memory.close()
+    pair.close()
 
 
 def test_a_chain_arrives_as_it_was_described_and_comes_back_with_its_length(pair: Pair) -> None:
@@ -70,7 +75,7 @@ def test_rings_and_their_indexes_go_round(start: int, event_idx: bool) -> None:
         for head in reversed(heads):
             pair.queue.give_back(head, turn)
         assert pair.ring.returned() == [(head, turn) for head in reversed(heads)]
-    pair.memory.close()
+    pair.close()
 
 
 def test_an_indirect_table_may_be_longer_than_the_ring(pair: Pair) -> None:
@@ -124,7 +129,7 @@ def test_with_event_idx_an_interrupt_comes_when_the_index_is_passed() -> None:
     pair.guest.write16(used_event, pair.ring.seen + 1)
     assert not complete(pair)
     assert complete(pair)
-    pair.memory.close()
+    pair.close()
 
 
 def test_after_a_load_the_driver_is_told_once_too_often_and_not_once_too_seldom() -> None:
@@ -137,7 +142,7 @@ def test_after_a_load_the_driver_is_told_once_too_often_and_not_once_too_seldom(
     assert complete(pair)
     assert not complete(pair)
     assert pair.queue.save() == state | {"taken": 3, "returned": 3}
-    pair.memory.close()
+    pair.close()
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
@@ -156,7 +161,7 @@ def test_a_driver_notifies_only_while_we_listen(event_idx: bool) -> None:
     assert pair.queue.take()
     assert not pair.queue.listen()
     assert offer()
-    pair.memory.close()
+    pair.close()
 
 
 # -- drivers that break the rules ---------------------------------------------------------------------------------------------
@@ -303,7 +308,7 @@ def test_whatever_is_in_the_rings_a_queue_gives_chains_or_a_fault_and_ends(data:
     except DriverFault:
         pass
     finally:
-        pair.memory.close()
+        pair.close()
 
 
 def test_a_saved_queue_that_cannot_be_one_is_told_apart() -> None:

@@ -164,7 +164,8 @@ class DiskQueue:
         guest = self.ring.guest
         header = struct.pack("<IIQ", kind, 0, sector)
         guest.write(at, header + data)
-        reply = at + 0x2000
+        # The status on a page of its own: that it was written says nothing of the data's page.
+        reply = at + 0x3000 - length
         guest.write(reply, b"\x55" * length + bytes((UNTOUCHED,)))
         if cut:
             pieces = cut_at(at, len(header + data), cut, False) + cut_at(reply, length + 1, cut, True)

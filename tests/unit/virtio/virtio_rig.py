@@ -140,10 +140,18 @@ class Disk:
                 runner.run()  # what a test has left half done
         with self.device.lock:
             self.device.close()
+        self.lose()
+
+    def lose(self) -> None:
+        """As the end of its process: whatever it was doing is not done."""
+        self.device.image.close()
         for irq in self.device.all_irqs:
             irq.connect(None)
         for eventfd in self.eventfds:
             os.close(eventfd)
+        if self.device.memory.tracker is not None:
+            self.device.memory.tracker.close()
+        self.device.memory.attached.close()
 
 
 def take(runner: QueueRunner) -> object:

@@ -171,7 +171,13 @@ class VirtioBlk(Device):
         except DeviceTimeout as error:
             # A VMM that goes away must not have to wait: the view keeps the memory until the request has ended.
             log.error("event=unmapped-in-use reason=%r", error.reason)
+
+    def windows_changed(self) -> None:
+        # Rings that were taken back are no fault of the driver's: a VMM may go, and another come.
         self.may_run()
+        for runner in self.runners:
+            if not runner.queue.reachable():
+                runner.halt()
 
     def disks(self) -> Sequence[Disk]:
         return (Disk("image", self.image.size, self.image.read_only),)

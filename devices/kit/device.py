@@ -87,6 +87,9 @@ class Device(Participant):
     def before_unmap(self) -> None:
         """A VMM takes guest memory back. When this returns, no view of it is in use any more, whatever is in flight."""
 
+    def windows_changed(self) -> None:
+        """A VMM has given guest memory, or taken some back."""
+
     # -- what an author uses (besides self.memory) ---------------------------------------------------------------------
 
     def irq(self, number: int = 0) -> Irq:

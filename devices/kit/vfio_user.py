@@ -73,10 +73,12 @@ class VfioUserBackend:
             raise refused(
                 errno.EBUSY, "memory that is not the machine's cannot be mapped while writes are tracked"
             )
+        self._device.windows_changed()
 
     def dma_unmap(self, address: int, size: int) -> None:
         self._device.before_unmap()
         self._device.memory.unmap_window(address, size)
+        self._device.windows_changed()
 
     def connect_irq(self, index: int, number: int, eventfd: int | None) -> None:
         self._irq(index, number).connect(eventfd)

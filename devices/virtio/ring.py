@@ -103,6 +103,16 @@ class SplitQueue:
         """What was negotiated."""
         self.event_idx, self.indirect = event_idx, indirect
 
+    def reachable(self) -> bool:
+        """Whether its rings are guest memory now. Raises nothing."""
+        try:
+            self._memory.view(self.descriptors, _DESCRIPTOR.size * self.size, write=False)
+            self._memory.view(self.available, 6 + 2 * self.size, write=False)
+            self._memory.view(self.used, 6 + _USED.size * self.size, write=True)
+        except MemoryFault:
+            return False
+        return True
+
     # -- requests in ------------------------------------------------------------------------------------------------------
 
     def take(self) -> Chain | None:

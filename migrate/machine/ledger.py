@@ -75,6 +75,9 @@ FORBIDDEN: Final[dict[Entry, frozenset[Entry]]] = {
     Entry.RESUMED: frozenset({Entry.RELEASED}),
     Entry.RELEASED: frozenset({Entry.RESUMED}),
 }
+#: Synced with the entry after them. The machine stands still while READY is written, and a power cut takes the copy that it
+#: speaks of along: whether READY or INCOMING is found then, the answer is ABORTED.
+SYNCED_LATER: Final = frozenset({Entry.READY})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +171,7 @@ class Ledger:
         return self.path.read_bytes()
 
     def write(self, entry: Entry, job: str, epoch: int, *, peer: str = "", detail: str = "") -> None:
-        """Append and sync; when this returns, the promise survives a power cut.
+        """Append and sync; when this returns, the promise survives a power cut (and what is SYNCED_LATER the process's end).
 
         :raises LedgerError: if the ledger already says something that forbids it, or the disk fails; nothing is promised then.
         """
@@ -187,7 +190,8 @@ class Ledger:
                 raise OSError(errno.EIO, "an earlier failure could not be undone")
             if os.write(self._fd, line) != len(line):
                 raise OSError(errno.ENOSPC, "No space left on device")
-            os.fdatasync(self._fd)
+            if entry not in SYNCED_LATER:
+                os.fdatasync(self._fd)
         except OSError as error:
             self._undo()
             raise LedgerError(

@@ -30,12 +30,13 @@ def run(scale: Scale) -> Iterator[Figure]:
             for count in CONNECTIONS:
                 case = f"{transport}, {count} connection{'s' if count > 1 else ''}"
                 yield pair.measure(case, transport, count, receiving.TOUCHED, scale.runs(RUNS))
-        for state, words in (
-            (receiving.BACKGROUND, "prefault beside it"),
-            (receiving.EMPTY, "no prefault"),
-        ):
-            case = f"unix, 1 connection, {words}"
-            yield pair.measure(case, "unix", 1, state, scale.runs(RUNS))
+        for transport in ("unix", "tls"):
+            for state, words in (
+                (receiving.BACKGROUND, "prefault beside it"),
+                (receiving.EMPTY, "no prefault"),
+            ):
+                case = f"{transport}, 1 connection, {words}"
+                yield pair.measure(case, transport, 1, state, scale.runs(RUNS))
 
 
 def run_touch(scale: Scale) -> Iterator[Figure]:

@@ -35,5 +35,6 @@ def played(request: pytest.FixtureRequest, playbill: Playbill) -> DemoRun:
     found = playbill.result(wanted)
     # The check below could not fail if it saw no processes at all.
     assert len(found.processes) >= 10, f"{found}\n{found.processes}"
+    assert any("dbus-daemon" in process.words[0] for process in found.processes), found.processes
     assert found.left == [], f"left behind: {found.left}\n{found}"
     return found

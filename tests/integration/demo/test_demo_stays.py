@@ -13,6 +13,9 @@ from tests.integration.demo.outcomes import DEVICES, MIB, check
 #: Milliseconds. A guest that nobody stops ticks every 10; the rest is for a shared CI machine.
 UNSTOPPED = 2000
 
+#: A loaded machine saves and loads slowly; what is shown here is not how fast.
+PATIENT = ("--downtime", "5000")
+
 
 @pytest.mark.demo("--scenario", "incompatible", "--keep")
 def test_an_incompatible_destination_refuses_with_both_reasons(played: DemoRun) -> None:
@@ -39,7 +42,7 @@ def test_a_refusal_sends_no_page_and_never_stops_the_guest(played: DemoRun) -> N
     assert "stopped" not in states
 
 
-@pytest.mark.demo("--scenario", "load-failure", "--keep")
+@pytest.mark.demo("--scenario", "load-failure", "--keep", *PATIENT)
 def test_a_device_that_fails_to_load_is_named_by_both_hosts(played: DemoRun) -> None:
     last = check(played, "aborted", "source", 1, "destination")
     assert last["destination"]["outcome"] == "aborted"
@@ -52,7 +55,7 @@ def test_a_device_that_fails_to_load_is_named_by_both_hosts(played: DemoRun) -> 
     assert last["verified"] == {"ram": None, "devices": None}
 
 
-@pytest.mark.demo("--scenario", "load-failure", "--keep")
+@pytest.mark.demo("--scenario", "load-failure", "--keep", *PATIENT)
 def test_after_a_failed_load_both_ledgers_say_that_it_is_over(played: DemoRun) -> None:
     assert played.kept is not None
     verdicts = [ledger.verdict_of(ledger.read(played.kept / host, "demo")) for host in ("hosta", "hostb")]
@@ -60,7 +63,7 @@ def test_after_a_failed_load_both_ledgers_say_that_it_is_over(played: DemoRun) -
     assert {path.stem for path in played.kept.glob("*.blob")} == DEVICES
 
 
-@pytest.mark.demo("--scenario", "destination-killed")
+@pytest.mark.demo("--scenario", "destination-killed", *PATIENT)
 def test_a_destination_killed_in_round_2_leaves_the_guest_running_and_never_stopped(played: DemoRun) -> None:
     last = check(played, "aborted", "source", 1)
     [reason] = last["reasons"]
@@ -72,7 +75,7 @@ def test_a_destination_killed_in_round_2_leaves_the_guest_running_and_never_stop
     assert [event["at"] for event in played.of_kind("held")] == ["round:2"]
 
 
-@pytest.mark.demo("--scenario", "destination-killed", "--at", "switchover")
+@pytest.mark.demo("--scenario", "destination-killed", "--at", "switchover", *PATIENT)
 def test_a_destination_killed_between_stopped_and_ready_leaves_the_guest_running(played: DemoRun) -> None:
     last = check(played, "aborted", "source", 1)
     [reason] = last["reasons"]
@@ -82,7 +85,7 @@ def test_a_destination_killed_between_stopped_and_ready_leaves_the_guest_running
     assert "commit" not in played.phases
 
 
-@pytest.mark.demo("--scenario", "coordinator-killed")
+@pytest.mark.demo("--scenario", "coordinator-killed", *PATIENT)
 def test_a_source_whose_coordinator_is_killed_after_stopped_resumes_the_guest(played: DemoRun) -> None:
     last = check(played, "aborted", "source", 1)
     [reason] = last["reasons"]
@@ -92,7 +95,7 @@ def test_a_source_whose_coordinator_is_killed_after_stopped_resumes_the_guest(pl
     assert [event["at"] for event in played.of_kind("held")] == ["stopped"]
 
 
-@pytest.mark.demo("--scenario", "cancelled")
+@pytest.mark.demo("--scenario", "cancelled", *PATIENT)
 def test_a_migration_that_is_cancelled_in_precopy_leaves_the_guest_running_and_never_stopped(
     played: DemoRun,
 ) -> None:

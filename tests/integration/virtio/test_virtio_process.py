@@ -200,6 +200,28 @@ def test_a_vmm_that_goes_leaves_the_disk_to_the_next_one_and_no_descriptor(machi
     machines(scenario)
 
 
+def test_a_driver_goes_on_with_its_rings_when_its_vmm_was_exchanged_under_it(machines, memory):
+    async def scenario(machine: DiskMachine) -> None:
+        await start(machine)
+        driver = Driver(machine, memory)
+        queue = driver.set_up()
+        driver.ask(queue, OUT, data=b"4" * 512)
+        driver.close()
+        queue.ask(IN, length=512)
+        driver = Driver(
+            machine, memory
+        )  # what waits is served without a notification, when memory is there again
+        assert driver.pci.common(0x14, 1) == 15
+        while not (found := queue.answers()):
+            assert select.select([driver.eventfd], [], [], 10)[0]
+            os.eventfd_read(driver.eventfd)
+        assert found[0].data == b"4" * 512
+        assert driver.ask(queue, IN, length=512) == b"4" * 512
+        driver.close()
+
+    machines(scenario)
+
+
 # -- before it begins -----------------------------------------------------------------------------------------------------------
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from migrate.coordinator.convergence import MAX_ROUNDS, STALLED_ROUNDS, TRIFLE_BYTES, Convergence, Verdict
 from migrate.coordinator.limits import EXTEND_AT_MOST, OnStall
+
+#: On a loaded machine a single example may take as long as it likes.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 MIB = 1 << 20
 LIMITS = st.floats(0.001, 1e6)
@@ -32,6 +35,7 @@ def guest(policy: Convergence, size: int, dirty_rate: float, send_rate: float) -
     raise AssertionError("it never ends")
 
 
+@patient
 @given(LIMITS, st.floats(0, 1e5), ROUNDS, st.sampled_from([OnStall.ABORT, OnStall.WAIT]))
 def test_the_guest_is_never_stopped_over_the_limit(
     limit: float, overhead: float, rounds: list[tuple[int, float, int, float]], on_stall: OnStall
@@ -48,6 +52,7 @@ def test_the_guest_is_never_stopped_over_the_limit(
                 assert remaining / max(policy.rate, 1.0) * 1000 + overhead <= limit * (1 + 1e-9)
 
 
+@patient
 @given(LIMITS, st.floats(0, 1e5), ROUNDS)
 def test_every_migration_comes_to_a_decision(
     limit: float, overhead: float, rounds: list[tuple[int, float, int, float]]
@@ -64,6 +69,7 @@ def test_every_migration_comes_to_a_decision(
     raise AssertionError(f"no decision after {MAX_ROUNDS} rounds")
 
 
+@patient
 @given(LIMITS, ROUNDS)
 def test_extending_the_downtime_stays_within_its_bound_and_says_so(
     limit: float, rounds: list[tuple[int, float, int, float]]

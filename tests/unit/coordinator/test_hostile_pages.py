@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from page_wires import HIGH, LAYOUT, PAGES
 
@@ -163,7 +163,7 @@ BEGUN = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(BEGUN, st.binary(max_size=400))
 def test_any_bytes_are_a_round_or_one_of_our_errors(begun: bytes, data: bytes) -> None:
     def play(memory: GuestMemory) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from page_wires import PAGES, dirty_of, fill, wires
 
@@ -55,7 +55,7 @@ def play(memory: GuestMemory, writes: list[tuple[int, int, str]], salt: int) -> 
     return dirty
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(HISTORY, st.integers(1, 4))
 def test_after_every_round_both_memories_are_the_same(
     history: list[list[tuple[int, int, str]]], channels: int
@@ -69,7 +69,7 @@ def test_after_every_round_both_memories_are_the_same(
     asyncio.run(run())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(HISTORY, st.integers(1, 4))
 def test_with_the_compare_tracker_nobody_has_to_say_what_was_written(
     history: list[list[tuple[int, int, str]]], channels: int

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from one_machine import full_disk
 
@@ -21,6 +21,9 @@ from migrate.machine.ledger import ARRIVALS, FORBIDDEN, VERDICTS, Entry, Ledger,
 from migrate.machine.process import check_ledger
 
 JOB = "a" * 32
+
+#: On a loaded machine a single example may take as long as it likes.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def record(entry: Entry, job: str = JOB, epoch: int = 1) -> Record:
@@ -189,6 +192,18 @@ def test_a_sync_that_fails_promises_nothing(tmp_path: Path, monkeypatch: pytest.
     assert entries(tmp_path) == [Entry.INCOMING, Entry.ABORTED]
 
 
+@pytest.mark.parametrize("entry", Entry)
+def test_every_entry_but_ready_is_synced_before_write_returns(
+    entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Ledger(tmp_path, "web1")
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append(opened.path.read_bytes()))
+    opened.write(entry, JOB, 1)
+    assert entries(tmp_path) == [entry]
+    assert synced == ([] if entry is Entry.READY else [opened.path.read_bytes()])
+
+
 def test_a_disk_that_cannot_even_take_back_is_trusted_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +273,7 @@ def test_a_machine_that_came_back_is_here() -> None:
     assert ledger.verdict_of([*away, *back]) is Verdict.COMMITTED
 
 
+@patient
 @given(st.lists(st.sampled_from(Entry), max_size=12))
 def test_only_what_ends_it_ends_a_doubt_or_an_absence(history: list[Entry]) -> None:
     records = [record(entry, f"{at:032x}", at) for at, entry in enumerate(history)]

@@ -6,12 +6,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from migrate.errors import UsageError
 from migrate.machine import config
 from migrate.machine.config import DeviceConfig, MachineConfig, RegionConfig
+
+#: On a loaded machine a single example may take as long as it likes.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 WHOLE = """
 [machine]
@@ -197,6 +200,7 @@ KEYS = st.sampled_from(
 )
 
 
+@patient
 @given(st.dictionaries(KEYS, TOML | st.dictionaries(KEYS, TOML, max_size=4), max_size=4))
 def test_whatever_the_file_says_it_is_a_machine_or_a_usage_error(raw: dict[str, object]) -> None:
     raw.setdefault("machine", {"name": "web1"})

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Awaitable
 from pathlib import Path
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from one_machine import PEER, OneMachine, full_disk
@@ -197,5 +197,7 @@ class TwoHosts(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-TwoHosts.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TwoHosts.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 test_in_any_order_of_requests_deaths_and_failures_nothing_is_lost = TwoHosts.TestCase

@@ -6,7 +6,7 @@ from collections import deque
 from functools import cache
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from messages_made import sample
@@ -73,7 +73,9 @@ class TwoHosts(RuleBasedStateMachine):
         check(self.world)
 
 
-TwoHosts.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TwoHosts.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 test_any_course_of_events_leaves_one_host_at_most = TwoHosts.TestCase
 
 

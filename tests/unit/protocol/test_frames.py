@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from migrate.errors import LocalProtocolError, RemoteProtocolError
 from migrate.protocol import frames
 from migrate.protocol.frames import LIMITS, Header, Kind
+
+#: On a loaded machine a single example may take as long as it likes.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 PAGE = 4096
 
@@ -69,6 +72,7 @@ def table_frame(kind: Kind, rows: list[tuple[int, int]], data: int, *, runs: int
 # -- headers -----------------------------------------------------------------------------------------------------------
 
 
+@patient
 @given(HEADERS)
 def test_a_header_is_read_as_it_was_written(header: Header) -> None:
     raw = frames.encode_header(header.kind, header.length, header.digested)
@@ -76,6 +80,7 @@ def test_a_header_is_read_as_it_was_written(header: Header) -> None:
     assert frames.decode_header(raw) == header
 
 
+@patient
 @given(HEADERS, st.integers(0, 15), st.integers(1, 255))
 def test_every_damage_to_a_header_is_seen(header: Header, at: int, flip: int) -> None:
     raw = bytearray(frames.encode_header(header.kind, header.length, header.digested))
@@ -84,6 +89,7 @@ def test_every_damage_to_a_header_is_seen(header: Header, at: int, flip: int) ->
         frames.decode_header(raw)
 
 
+@patient
 @given(st.binary(min_size=16, max_size=16))
 def test_arbitrary_bytes_are_no_header(raw: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
@@ -131,6 +137,7 @@ def test_a_header_that_is_whole_and_says_what_is_unknown_is_refused(raw: bytes) 
 # -- control -----------------------------------------------------------------------------------------------------------
 
 
+@patient
 @given(st.binary(max_size=300))
 def test_a_control_body_is_read_as_it_was_written(body: bytes) -> None:
     raw = frames.encode_control(body)
@@ -139,6 +146,7 @@ def test_a_control_body_is_read_as_it_was_written(body: bytes) -> None:
     assert frames.decode_control(raw[16:]) == body
 
 
+@patient
 @given(st.binary(max_size=100), st.data())
 def test_every_damage_to_a_control_body_is_seen(body: bytes, data: st.DataObject) -> None:
     raw = bytearray(frames.encode_control(body)[16:])
@@ -156,6 +164,7 @@ def test_a_control_body_too_short_for_its_checksum_is_refused(size: int) -> None
 # -- run tables --------------------------------------------------------------------------------------------------------
 
 
+@patient
 @given(tables())
 def test_a_run_table_is_read_as_it_was_written(
     table: tuple[Kind, int, NDArray[np.uint64], NDArray[np.uint64], bool],
@@ -170,6 +179,7 @@ def test_a_run_table_is_read_as_it_was_written(
     assert frames.HEADER_SIZE + header.length == len(frame) + data
 
 
+@patient
 @given(tables(), st.data())
 def test_every_damage_to_a_run_table_is_seen(
     table: tuple[Kind, int, NDArray[np.uint64], NDArray[np.uint64], bool], data: st.DataObject

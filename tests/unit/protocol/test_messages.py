@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from messages_made import ANY_MESSAGE, KINDS, of_kind, sample
 
@@ -15,6 +15,9 @@ from migrate.errors import Reason, RemoteProtocolError
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.fields import Bytes, Check, Int, List, Map, Reasons, Struct, Text, checks
+
+#: On a loaded machine a single example may take as long as it likes.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 #: What msgpack can carry.
 ANYTHING = st.recursive(
@@ -38,6 +41,7 @@ def fields_of(message: m.Message) -> dict[str, Any]:
     return fields
 
 
+@patient
 @given(ANY_MESSAGE)
 def test_every_message_is_heard_as_it_was_said(message: m.Message) -> None:
     assert m.decode(m.encode(message)) == message
@@ -50,6 +54,7 @@ def test_every_kind_of_message_is_known_by_its_name() -> None:
         assert m.decode(m.encode(sample(kind))) == sample(kind)
 
 
+@patient
 @given(ANY_MESSAGE, st.data())
 def test_damaged_bytes_are_refused_or_are_a_message_again(message: m.Message, data: st.DataObject) -> None:
     body = bytearray(m.encode(message))
@@ -71,12 +76,14 @@ def test_damaged_bytes_are_refused_or_are_a_message_again(message: m.Message, da
     assert m.decode(m.encode(heard)) == heard
 
 
+@patient
 @given(st.binary(max_size=200) | ANYTHING.map(msgpack.packb))
 def test_arbitrary_bytes_are_no_message(body: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         m.decode(body)
 
 
+@patient
 @given(st.sampled_from(KINDS), st.data())
 def test_a_field_of_the_wrong_kind_is_named(kind: type[m.Message], data: st.DataObject) -> None:
     named = sorted(name for name, check in checks(kind).items() if not isinstance(check, Reasons))

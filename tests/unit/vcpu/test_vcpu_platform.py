@@ -153,6 +153,7 @@ def test_a_platform_file_is_read_as_it_was_written(tmp_path):
         tmp_path, {"devices": [UART, RTC], "guest": "/g.bin", "cmdline": "a=1", "entry_gpa": 0x20_0000}
     )
     assert found.devices == (DeviceEntry(**UART), DeviceEntry(**RTC))
+    assert read(tmp_path, {"devices": [{**UART, "vectors": 3}]}).devices[0].lines == range(3)
     assert (str(found.guest), found.cmdline, found.entry_gpa) == ("/g.bin", "a=1", 0x20_0000)
     assert read(tmp_path, {"devices": [], "guest": None}) == PlatformFile(())
 
@@ -168,6 +169,10 @@ def test_a_platform_file_is_read_as_it_was_written(tmp_path):
         ({"devices": [{**UART, "irq": True}]}, "irq is True"),
         ({"devices": [{k: v for k, v in UART.items() if k != "gpa"}]}, "lacks gpa"),
         ({"devices": [{**UART, "irq": 32}]}, "irq 32"),
+        ({"devices": [{**UART, "irq": -1}]}, "irq -1"),
+        ({"devices": [{**UART, "vectors": 0}]}, "vectors 0"),
+        ({"devices": [{**UART, "irq": 30, "vectors": 3}]}, "irq 30, vectors 3"),
+        ({"devices": [{**UART, "vectors": 2}, RTC]}, "same irq, 1"),
         ({"devices": [{**UART, "gpa": 0xD000_1000}]}, "gpa 0xd0001000"),
         ({"devices": [{**UART, "gpa": 0xFE00_0000}]}, "gpa 0xfe000000"),
         ({"devices": [UART, {**RTC, "id": "uart0"}]}, "same id"),
@@ -187,7 +192,7 @@ def test_a_platform_file_that_is_not_there_is_refused(tmp_path):
 
 # -- the boot page ------------------------------------------------------------------------------------------------------------
 
-PLATFORM = PlatformFile((DeviceEntry(**UART), DeviceEntry(**RTC)), cmdline="dirty=1 span=2")
+PLATFORM = PlatformFile((DeviceEntry(**UART), DeviceEntry(**RTC, vectors=3)), cmdline="dirty=1 span=2")
 
 
 def test_a_guest_finds_the_program_and_the_boot_page_where_they_belong():
@@ -197,8 +202,8 @@ def test_a_guest_finds_the_program_and_the_boot_page_where_they_belong():
     assert bytes(memory[0x10_0000 : 0x10_0000 + len(code)]) == code
     page = bytes(memory[0x1000:0x2000])
     assert struct.unpack_from("<8sQII", page) == (b"VMFERRY1", 4 << 20, 2, 0xFEE0_0000)
-    assert struct.unpack_from("<24sQI", page, 0x20) == (b"uart16550".ljust(24, b"\0"), 0xD000_0000, 0)
-    assert struct.unpack_from("<24sQI", page, 0x20 + 40) == (b"rtc".ljust(24, b"\0"), 0xD100_0000, 1)
+    assert struct.unpack_from("<24sQII", page, 0x20) == (b"uart16550".ljust(24, b"\0"), 0xD000_0000, 0, 1)
+    assert struct.unpack_from("<24sQII", page, 0x20 + 40) == (b"rtc".ljust(24, b"\0"), 0xD100_0000, 1, 3)
     assert page[0x800:].rstrip(b"\0") == b"dirty=1 span=2"
     assert not any(memory[:0x1000])
 

@@ -8,7 +8,6 @@ import struct
 import time
 
 import pytest
-from conftest import Rig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from virtio_driver import (
@@ -26,7 +25,7 @@ from virtio_driver import (
     Answer,
     DiskQueue,
 )
-from virtio_rig import ACCEPTED, Disk
+from virtio_rig import ACCEPTED, Disk, Rig
 
 from devices.virtio import blk
 from devices.virtio.blk import MAX_DATA, BlockCore

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import Rig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from virtio_driver import EVENT_IDX, IN, INDIRECT_DESC, OK, VERSION_1, Ring
-from virtio_rig import ACCEPTED, Disk, complete, take
+from virtio_rig import ACCEPTED, Disk, Rig, complete, take
 
 from devices.virtio_blk import QUEUE_SIZE, VECTORS
 from migrate.errors import DeviceRefused

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import Rig
 from virtio_driver import FLUSH, IN, OK, OUT, DiskQueue
-from virtio_rig import Disk
+from virtio_rig import Disk, Rig
 
 from devices import virtio_blk
 from migrate.errors import DeviceRefused, DeviceTimeout
@@ -152,6 +151,7 @@ def test_memory_that_is_taken_back_is_let_go_of_first(
     with disk.device.lock:
         disk.device.before_unmap()
         assert [answer.status for answer in queue.answers()] == [OK]
+        disk.device.windows_changed()
     ask(disk, queue, 0, IN, length=512)
     assert answers(disk, queue, 0, 1) == [OK]
 

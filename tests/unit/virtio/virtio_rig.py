@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 from virtio_driver import EVENT_IDX, INDIRECT_DESC, VERSION_1, DiskQueue, Guest, Pci, Ring
@@ -154,6 +153,33 @@ class Disk:
         self.device.memory.attached.close()
 
 
+class Rig:
+    """Guest memory and an image, and as many devices on them as a test makes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.memory = make_memory()
+        self.guest = Guest(self.memory)
+        self.image = make_image(directory)
+        self.disks: list[Disk] = []
+
+    def disk(self, **options: object) -> Disk:
+        """Stopped, in the state after power-on."""
+        self.disks.append(Disk(self.image, self.memory, **options))  # type: ignore[arg-type]
+        return self.disks[-1]
+
+    def running(self, **options: object) -> Disk:
+        disk = self.disk(**options)
+        disk.start()
+        disk.run()
+        return disk
+
+    def close(self) -> None:
+        for disk in self.disks:
+            disk.close()
+        self.memory.close()
+
+
 def take(runner: QueueRunner) -> object:
     with runner._lock:
         return runner.take()
@@ -162,7 +188,3 @@ def take(runner: QueueRunner) -> object:
 def complete(runner: QueueRunner) -> None:
     with runner._lock:
         runner.complete()
-
-
-def options_of(**values: object) -> Mapping[str, str]:
-    return {key: str(value) for key, value in values.items()}

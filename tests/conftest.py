@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 IN_CI = bool(os.environ.get("CI"))
+
+# How long an example takes says something of the machine, not of the code: a shared one must not fail a test.
+hypothesis.settings.register_profile("vmferry", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("vmferry")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -23,8 +23,9 @@ from migrate.memory import GuestMemory
 
 log = logging.getLogger(__name__)
 
-#: How long a READY copy without a connection is kept, s. Then it writes ABORTED and ends, which is always safe.
-HOLD_SECONDS = 120.0
+#: How long a READY copy without a connection is kept, s: it may be the only copy, and an operator needs time. A new manifest of the
+#: machine, a question of its source, or `ferry stop --force` ends it sooner; each writes ABORTED first, which is always safe.
+HOLD_SECONDS = 86400.0
 #: How often a committed machine that does not start is tried again, s.
 RETRY_SECONDS = 1.0
 

@@ -23,7 +23,7 @@ from migrate.coordinator.convergence import Convergence
 from migrate.coordinator.dialling import Dialler
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.limits import OnStall, RateLimit
-from migrate.coordinator.link import Link
+from migrate.coordinator.link import Link, PeerRejected
 from migrate.coordinator.outcome import Downtime, Emit, Outcome, slowest, wire_reasons
 from migrate.coordinator.pages_out import PageSender, coarse_extents
 from migrate.coordinator.participants import Participants
@@ -282,8 +282,8 @@ class SourceMigration:
     async def _switch_over(self, transfer: Transfer, dirty: DirtyBitmap, agreed: Agreed) -> None:
         parts, link = transfer.parts, transfer.link
         self._enter(Phase.STOP)
-        began = time.monotonic_ns()
         stopping = await parts.supervisor.quiesce(self.spec.job)
+        began = stopping["began_ns"]
         link.check()
         link.conversation.did(Did.QUIESCED)
         quiesced = time.monotonic_ns()
@@ -344,7 +344,8 @@ class SourceMigration:
         spec = self.spec
         self._enter(Phase.RESUME)
         try:
-            link.conversation.did(Did.WROTE_COMMIT)  # fails where the peer's REJECT crossed it
+            link.check()  # the peer's REJECT may have crossed it
+            link.conversation.did(Did.WROTE_COMMIT)
             stopped_ns = committed.stopped_ns + time.monotonic_ns() - committed.at
             await link.send(m.Commit(spec.job, self._epoch, stopped_ns, paused))
             answer = await link.receive(timeout=RUNNING_SECONDS)
@@ -374,11 +375,12 @@ class SourceMigration:
             self.outcome.reasons = [error.as_reason(), silent.as_reason()]
             self._finish("in_doubt", "neither", silent.exit_code)
             return
+        what = "the peer gave up" if isinstance(error, PeerRejected) else "contact was lost"
         reason = Reason(
-            None,
+            error.device,
             str(Phase.COMMIT),
-            f"contact was lost after COMMIT ({error.reason}); then the peer said: {answer}",
-            "",
+            f"{what} after COMMIT ({error.reason}); asked, it said: {answer}",
+            error.remedy if answer == "aborted" else "",
         )
         await self._peer_said(parts, answer, [reason])
 

@@ -155,15 +155,15 @@ class Supervisor:
             found = self._require_job(job, S.OUTGOING)
             if found.was_paused:
                 self._enter(S.STOPPED)
-                return {"total_ns": 0, "devices": {}, "paused": True}
-            self._stopped_at = time.monotonic_ns()
+                return {"began_ns": time.monotonic_ns(), "total_ns": 0, "devices": {}, "paused": True}
+            began = self._stopped_at = time.monotonic_ns()
             try:
                 times = await self.roster.quiesce()
             except FerryError:
                 await self._end_outgoing("a participant did not stop")
                 raise
             self._enter(S.STOPPED)
-            return {"total_ns": times.total_ns, "devices": times.devices, "paused": False}
+            return {"began_ns": began, "total_ns": times.total_ns, "devices": times.devices, "paused": False}
 
     async def abort_outgoing(self, job: str, reasons: str) -> None:
         async with self._lock:

@@ -26,7 +26,7 @@ from migrate.transport.stream import ControlStream
 from tests.faults import mallory
 from tests.faults.leftovers import Pen
 from tests.faults.mallory import HUGE, header
-from tests.faults.rig import MACHINE, Host, eventually, peak_bytes
+from tests.faults.rig import MACHINE, Host, Trail, eventually, peak_bytes
 
 Pair = tuple[Host, Host]
 MIB = 1 << 20
@@ -70,14 +70,6 @@ def bounded(host: Host) -> Iterator[None]:
     assert 0 < peak < COORDINATOR_BYTES, f"{peak / MIB:.0f} MiB"
     assert peak_bytes(host.pid) < DAEMON_BYTES, f"{peak_bytes(host.pid) / MIB:.0f} MiB"
     eventually(lambda: host.machines() == [], "no machine is left")
-
-
-def serves(a: Host, b: Host) -> None:
-    """A migration there and back."""
-    for here, there in ((a, b), (b, a)):
-        said = here.ferry("migrate", MACHINE, "--to", there.tls, "--downtime", "5000")
-        assert said.code == 0, said
-    a.ticks_on()
 
 
 def refused(a: Host, to: str) -> str:
@@ -189,7 +181,7 @@ def closed(sock: socket.socket) -> bytes:
 
 
 def test_strangers_that_talk_garbage_are_dropped_at_once_and_the_log_says_who(here: Pair) -> None:
-    a, b = here
+    _, b = here
     noise = random.Random(3)
     for _ in range(100):
         with connect(b) as sock, contextlib.suppress(ConnectionError):
@@ -202,7 +194,6 @@ def test_strangers_that_talk_garbage_are_dropped_at_once_and_the_log_says_who(he
     assert b.processes("migrate.coordinator") == []  # none was worth a process
     assert "Traceback" not in b.log.read_text()
     assert peak_bytes(b.pid) < DAEMON_BYTES
-    serves(a, b)
 
 
 def test_many_slow_strangers_do_not_keep_a_migration_out(here: Pair) -> None:
@@ -224,7 +215,7 @@ def test_many_slow_strangers_do_not_keep_a_migration_out(here: Pair) -> None:
 
 
 def test_a_stranger_with_a_right_preamble_and_no_tls_ends_with_its_coordinator(here: Pair) -> None:
-    a, b = here
+    _, b = here
     with bounded(b):
         for garbage in (b"\x16\x03\x01" + b"\xff" * 2000, random.Random(4).randbytes(2000)):
             with connect(b) as sock:
@@ -234,7 +225,6 @@ def test_a_stranger_with_a_right_preamble_and_no_tls_ends_with_its_coordinator(h
             sock.sendall(encode(Preamble(Kind.PAGE, 0, os.urandom(16))) + b"\xff" * 2000)
             closed(sock)
     assert "a page channel came for a session that is not here" in b.log.read_text()
-    serves(a, b)
 
 
 def test_a_client_of_another_ca_is_turned_away_and_both_logs_say_so(here: Pair, ground: Pen) -> None:
@@ -258,7 +248,7 @@ def test_a_client_of_another_ca_is_turned_away_and_both_logs_say_so(here: Pair, 
 def test_a_client_with_a_certificate_that_claims_a_4_gib_frame_is_cut_off(
     here: Pair, keys: dict[str, Path]
 ) -> None:
-    a, b = here
+    _, b = here
 
     async def before_hello() -> None:
         stream = await mallory.Caller(b, keys["mallory"], os.urandom(16).hex()).control()
@@ -282,7 +272,6 @@ def test_a_client_with_a_certificate_that_claims_a_4_gib_frame_is_cut_off(
         mallory.run(before_hello)
         mallory.run(after_hello)
     assert f"claims {HUGE} bytes" in b.log.read_text()
-    serves(a, b)
 
 
 @pytest.mark.parametrize(
@@ -435,3 +424,18 @@ def test_silence_after_tls_does_not_hold_a_coordinator_for_long(here: Pair, keys
 
     with bounded(b):
         assert mallory.run(play) < 40
+
+
+def test_after_all_of_that_the_same_daemons_serve_a_migration_there_and_back(here: Pair) -> None:
+    a, b = here
+    for host in here:
+        assert host.log.read_text().count("event=ready") == 1, "none was started again"
+        assert "Traceback" not in host.log.read_text()
+    trail = Trail(a, b)
+    for source, target in ((a, b), (b, a)):
+        said = source.ferry("migrate", MACHINE, "--to", target.tls, "--downtime", "5000")
+        assert said.code == 0, said
+        source.becomes("")
+        trail.goes(target)
+        target.ticks_on()
+    trail.check()

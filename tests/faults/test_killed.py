@@ -209,6 +209,29 @@ def test_a_device_that_dies_in_precopy_at_the_destination_is_named_and_the_sourc
     goes_on(a, b, trail)
 
 
+@pytest.mark.parametrize("at", ["ready", "committed"])
+def test_a_device_that_dies_at_a_destination_that_was_ready_is_named_and_the_source_runs_on(
+    here: Pair, at: str
+) -> None:
+    a, b = here
+    trail = Trail(a, b)
+    migrating, job = migrate(a, b, "--hold", at)
+    migrating.until("held", at=at)
+    b.kill_device("rtc0")
+    if at == "committed":
+        # COMMIT is in the ledger: only that the destination wrote ABORTED, and says so, lets the source resume.
+        b.becomes("")
+        assert a.state() == "in-doubt"
+        a.proceed()
+    said = migrating.end()
+    assert (said.code, said.outcome["running_on"]) == (1, "source"), said
+    [reason] = said.outcome["reasons"]
+    assert reason["device"] == "rtc0", said
+    assert reason["phase"] == ("load" if at == "ready" else "commit")
+    assert "rtc0" in {reason["device"] for reason in b.outcome_of(job)["reasons"]}
+    goes_on(a, b, trail)
+
+
 # -- in doubt, and started again -------------------------------------------------------------------------------------------
 
 

@@ -44,16 +44,18 @@ def test_keep_leaves_blobs_that_can_be_read_ledgers_and_logs(played: DemoRun) ->
         assert (played.kept / host / "machines" / "demo" / "uart0.out").stat().st_size > 0
 
 
-@pytest.mark.demo("--tracker", "log", *PATIENT)
-def test_it_moves_with_the_tracker_log(played: DemoRun) -> None:
+@pytest.mark.demo("--tracker", "log", "--connections", "0", *PATIENT)
+def test_it_moves_with_the_tracker_log_and_pages_in_line_with_the_control_messages(played: DemoRun) -> None:
     check_moved(played)
     for module in ("devices.vcpu", "devices.display"):
         [words] = played.command_lines(module)
         assert "--tracker log" in words
 
 
-@pytest.mark.demo("--tracker", "scan", *PATIENT)
-def test_it_moves_with_the_tracker_scan_or_says_that_this_kernel_has_none(played: DemoRun) -> None:
+@pytest.mark.demo("--tracker", "scan", "--connections", "4", *PATIENT)
+def test_it_moves_with_the_tracker_scan_over_four_connections_or_says_that_this_kernel_has_none(
+    played: DemoRun,
+) -> None:
     if SCAN_WORKS:
         check_moved(played)
         [words] = played.command_lines("devices.vcpu")
@@ -69,16 +71,6 @@ def test_it_moves_with_the_tracker_compare_and_warns_of_its_cost(played: DemoRun
     [warning] = played.of_kind("warning")
     assert "vcpu0" in warning["warning"]
     assert warning["cost_bytes"] == 64 * MIB
-
-
-@pytest.mark.demo("--connections", "4", *PATIENT)
-def test_it_moves_over_four_connections(played: DemoRun) -> None:
-    check_moved(played)
-
-
-@pytest.mark.demo("--connections", "0", *PATIENT)
-def test_it_moves_with_pages_in_line_with_the_control_messages(played: DemoRun) -> None:
-    check_moved(played)
 
 
 @pytest.mark.demo("--dirty-rate", "max", *PATIENT)

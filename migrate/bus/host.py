@@ -178,6 +178,8 @@ class HostClient:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
+        self._followers: set[asyncio.Queue[Any]] = set()  #: None in one: there will be no more
+        bus.on_disconnect(self._tell_followers)
 
     @classmethod
     async def connect(cls, where: Path | str) -> HostClient:
@@ -200,7 +202,13 @@ class HostClient:
             ) from None
 
     async def close(self) -> None:
+        """End the connection. Whoever follows a job by it is told."""
         await self._bus.close()
+        self._tell_followers()
+
+    def _tell_followers(self) -> None:
+        for queue in self._followers:
+            queue.put_nowait(None)
 
     async def _call(
         self, member: str, signature: str = "", *body: Any, gives: str = "", timeout: float = QUICK
@@ -261,7 +269,7 @@ class HostClient:
     async def follow(self, job: str) -> AsyncGenerator[dict[str, Any], None]:
         """Every event of a job from its first to its outcome, whether they have happened yet or not.
 
-        :raises BusError: if the daemon goes before the outcome is known.
+        :raises BusError: if the daemon goes, or this client is closed, before the outcome is known.
         """
         queue: asyncio.Queue[tuple[int, dict[str, Any]] | None] = asyncio.Queue()
 
@@ -269,8 +277,10 @@ class HostClient:
             if body[0] == job:
                 queue.put_nowait((body[1], json.loads(body[2])))
 
-        self._bus.on_disconnect(lambda: queue.put_nowait(None))
         stop = await self._bus.on_signal(INTERFACE, "JobEvent", heard)
+        self._followers.add(queue)
+        if self._bus.closed.is_set():
+            queue.put_nowait(None)
         try:
             past = await self.job_events(job)
             for event in past:
@@ -285,6 +295,7 @@ class HostClient:
                         return
         finally:
             stop()
+            self._followers.discard(queue)
         raise BusError(
             "the daemon of this host ended while the job went on; what became of it is not known from here",
             remedy="start `ferry host` again and look at `ferry list`",

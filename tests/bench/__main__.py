@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from tests.bench import collect, downtime, precopy
+from tests.bench import collect, disk, downtime, precopy, shuttle
 from tests.bench.figures import Figure, Scale, as_line, machine, table
 
 BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
@@ -16,6 +16,8 @@ BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "collect": collect.run,
     "base": downtime.run_base,
     "downtime": downtime.run,
+    "disk": disk.run,
+    "shuttle": shuttle.run,
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from migrate.errors import FerryError
 from tests.histories.world import World, unless_refused
 
 T = TypeVar("T")
@@ -46,6 +48,27 @@ async def _freeze_source(world: World, source: str, target: str) -> None:
     await world.freeze(source, b"migrate.coordinator source", 1.0)
 
 
+async def _kill_incoming_device(world: World, source: str, target: str) -> None:
+    world.kill(target, b"devices.virtio_blk")
+
+
+async def _freeze_incoming_device(world: World, source: str, target: str) -> None:
+    await world.freeze(target, b"devices.rtc", 1.0)
+
+
+async def _freeze_source_device(world: World, source: str, target: str) -> None:
+    await world.freeze(source, b"devices.virtio_blk", 1.0)
+
+
+async def _freeze_source_supervisor(world: World, source: str, target: str) -> None:
+    await world.freeze(source, b"migrate.machine", 1.0)
+
+
+async def _change_limits(world: World, source: str, target: str) -> None:
+    with contextlib.suppress(FerryError):  # past its last round a job has no use for limits, and says so
+        await world.change_limits(source, 400, 50_000_000)
+
+
 async def _restart_source_daemon(world: World, source: str, target: str) -> None:
     await world.restart_daemon(source)
 
@@ -63,6 +86,12 @@ STRIKES: dict[str, Strike] = {
     "the destination's coordinator hangs for a second": _freeze_destination,
     "the source's coordinator hangs for a second": _freeze_source,
     "the destination's daemon is killed": _restart_destination_daemon,
+    "the source's daemon is killed": _restart_source_daemon,
+    "a device of the incoming machine is killed": _kill_incoming_device,
+    "a device of the incoming machine hangs for a second": _freeze_incoming_device,
+    "a device of the source hangs for a second": _freeze_source_device,
+    "the source's supervisor hangs for a second": _freeze_source_supervisor,
+    "the limits change": _change_limits,
 }
 
 

@@ -1,7 +1,7 @@
 """The world of a history: two hosts, a link that can be cut, one machine that moves, and what must hold after every step.
 
 Nothing is faked: real daemons, supervisors, devices and coordinators; faults are signals and a link that is cut. What is
-checked comes from outside vmferry: the guest's own words on both UARTs, and the CPU time of vCPU processes.
+checked comes from outside vmferry: the guest's own words on both UARTs, the image of its disk, and the CPU time of vCPU processes.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from migrate.bus.host import HostClient, MigrateOptions
+from migrate.bus.host import HostClient, Limits, MigrateOptions
 from migrate.cli.demo import console
 from migrate.cli.demo.hosts import DemoHost, cpu_ticks, processes_of
 from migrate.cli.demo.relay import Relay
@@ -27,20 +28,30 @@ from migrate.cli.demo.stage import vcpus
 from migrate.errors import FerryError
 from migrate.transport import pki
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "vcpu"))
+from disk_journal import durable, missing
+
 NAME = "m"
-MACHINE = """
+FLUSH = 16
+MACHINE = f"""
 [machine]
 name = "m"
 memory = "32M"
 [vcpu]
-cmdline = "dirty=32 span=8"
+cmdline = "dirty=32 span=8 disk=8 disk_kb=512 flush={FLUSH}"
 [[device]]
 id = "uart0"
 type = "uart16550"
 [[device]]
 id = "rtc0"
 type = "rtc"
+[[device]]
+id = "disk0"
+type = "virtio-blk"
+vectors = 3
+image = "storage/disk0.img"
 """
+DISK_BYTES = 8 << 20
 #: How long the world may take to come to rest after a fault, s.
 SETTLE_SECONDS = 60.0
 #: States in which a host says that the guest executes there.
@@ -66,6 +77,10 @@ class World:
         #: Each leads to the host of that name.
         self.links = {name: Relay(host.port) for name, host in self.hosts.items()}
         self.log: list[str] = []
+        self.image = self.directory / "storage" / "disk0.img"
+        self._said = b""  #: all that the guest has said, wherever it was, in its own order
+        self._read = dict.fromkeys(names, 0)  #: how much of each host's output that has
+        self._ran_on = "hosta"  #: at the last look
 
     def note(self, text: str) -> None:
         self.log.append(text)
@@ -74,6 +89,12 @@ class World:
     # -- making and ending ---------------------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
+        self.image.parent.mkdir()
+        with self.image.open("wb") as image:
+            image.truncate(DISK_BYTES)
+        for host in self.hosts.values():
+            host.directory.mkdir()
+            (host.directory / "host.toml").write_text(f'images = ["{self.image.parent}"]\n')
         for link in self.links.values():
             await link.start()
         await asyncio.gather(*(host.start() for host in self.hosts.values()))
@@ -115,13 +136,21 @@ class World:
         hold: str = "",
         strike: Callable[[], Awaitable[None]] | None = None,
         connections: int = 1,
+        follow: bool = True,
     ) -> Event:
-        """Ask for a migration from where it runs to the other host; `strike` is done when the job waits at `hold`."""
+        """Ask for a migration from where it runs to the other host; `strike` is done when the job waits at `hold`.
+
+        :param follow: hear every event as it comes; else nobody listens, and its outcome is asked for from time to time.
+        """
         target = self.other(source)
         uri = f"tls://127.0.0.1:{self.links[target].port}?name={target}"
         client = self.hosts[source].client
         options = MigrateOptions(verify=True, hold=hold, doubt_seconds=1, connections=connections)
         job = await client.migrate(NAME, uri, options)
+        while not follow:
+            await asyncio.sleep(0.5)
+            if (last := (await client.job_events(job))[-1]).get("event") == "outcome":
+                return last
         async with contextlib.aclosing(client.follow(job)) as events:
             async for event in events:
                 if event.get("event") == "held" and strike is not None:
@@ -163,6 +192,11 @@ class World:
                     found.append(pid)
         return found
 
+    def daemon(self, host: str) -> int:
+        """The pid of a host's daemon."""
+        [pid] = self._find(host, b"migrate.cli host")
+        return pid
+
     async def restart_daemon(self, host: str) -> None:
         """kill -9 of a daemon; its machines go on, and it finds them again."""
         self.kill(host, b"migrate.cli host")
@@ -170,14 +204,18 @@ class World:
         await client.close()
         await self.hosts[host].start()
 
+    async def change_limits(self, host: str, downtime_ms: int, bandwidth: int) -> None:
+        await self.hosts[host].client.set_limits(NAME, Limits(downtime_ms=downtime_ms, bandwidth=bandwidth))
+
     # -- what must hold -------------------------------------------------------------------------------------------------------
 
     async def settle(self) -> str:
         """Links heal, doubts end: exactly one host runs the machine, and the guest goes on there and nowhere else."""
         await self.heal()
         deadline = time.monotonic() + SETTLE_SECONDS
-        while (runs := await self.where()) is None:
-            assert time.monotonic() < deadline, "it runs nowhere:\n" + "\n".join(
+        # A migration may go on still, when its follower lost its daemon: then it runs, and will run elsewhere.
+        while (runs := await self.where()) is None or await self._state(runs) != "running":
+            assert time.monotonic() < deadline, "it does not come to rest:\n" + "\n".join(
                 [*self.log, *(await self._states())]
             )
             await asyncio.sleep(0.1)
@@ -187,8 +225,12 @@ class World:
             assert time.monotonic() < deadline, f"the guest stands still on {runs}:\n" + "\n".join(self.log)
             await asyncio.sleep(0.02)
         await self._silent(self.other(runs))
-        self._guest_is_whole()
+        await self._guest_is_whole(runs)
         return runs
+
+    async def _state(self, host: str) -> str:
+        machine = await self.hosts[host].machine(NAME)
+        return machine["state"] if machine is not None else ""
 
     async def _states(self) -> list[str]:
         return [f"{name}: {await host.machine(NAME)}" for name, host in self.hosts.items()]
@@ -209,17 +251,39 @@ class World:
         except FileNotFoundError:
             return 0
 
-    def _guest_is_whole(self) -> None:
-        """Every tick exactly once, over both hosts' output, and nothing corrupt."""
-        numbers: list[int] = []
-        for host in self.hosts.values():
-            path = host.output(NAME)
-            data = path.read_bytes() if path.exists() else b""
-            assert b"CORRUPT" not in data, re.findall(rb"CORRUPT.*", data)[:5]
-            numbers += [int(match[0]) for match in console.TICK.findall(data)]
-        # A line that is cut by a move stands in two files, half in each: at most one a move is not whole in either.
-        numbers.sort()
-        assert len(set(numbers)) == len(numbers), "a tick was printed twice: two sides executed"
+    async def _guest_is_whole(self, runs: str) -> None:
+        """Every line and every tick, nothing corrupt, and every sector that it was told lasts is in the image."""
+        client = self.hosts[runs].client
+        await client.pause_machine(NAME)
+        try:
+            self._take(runs)
+            image_wrong = missing(self.image, self._lines(), beyond=2 * FLUSH)
+        finally:
+            await client.resume_machine(NAME)
+        lines = self._lines()
+        strange = [line for line in lines if not console.LINE.fullmatch(line.encode())]
+        assert not strange, f"{strange[:5]}\n" + "\n".join(self.log)
+        numbers = [int(line.split()[1]) for line in lines if line.startswith("T ")]
+        assert numbers[0] == 1
+        assert [pair for pair in pairwise(numbers) if pair[1] != pair[0] + 1] == [], "\n".join(self.log)
+        assert not image_wrong, f"{image_wrong[:5]}\n" + "\n".join(self.log)
+
+    def _take(self, runs: str) -> None:
+        """The guest moved once at most since the last look: its words are those of where it was, then of where it is."""
+        for name in dict.fromkeys((self._ran_on, runs)):
+            data = self.hosts[name].output(NAME).read_bytes()
+            self._said += data[self._read[name] :]
+            self._read[name] = len(data)
+        assert self._size(self.other(runs)) == self._read[self.other(runs)], "both sides have spoken"
+        self._ran_on = runs
+
+    def _lines(self) -> list[str]:
+        return self._said[: self._said.rfind(b"\n") + 1].decode(errors="replace").splitlines()
+
+    @property
+    def lasting(self) -> int:
+        """Operations on the disk that the guest was told last, at the last look."""
+        return durable(self._lines())[0]
 
 
 def answers(path: Path) -> bool:

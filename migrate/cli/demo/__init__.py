@@ -48,6 +48,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--destination-gone", action="store_true", help="commit-lost: the destination never comes back"
     )
+    parser.add_argument(
+        "--back", action="store_true", help="completed: then migrate back, as a second run of the same"
+    )
     parser.add_argument("--memory", default="256M", metavar="SIZE", help="of the guest (default 256M)")
     parser.add_argument(
         "--dirty-rate",
@@ -98,6 +101,11 @@ def _options(args: argparse.Namespace) -> Options:
             "so the older copy here must not be brought back",
             remedy="leave out one of the two",
         )
+    if args.back and args.scenario != "completed":
+        raise UsageError(
+            f"--back does not go with {args.scenario}, which does not move the machine",
+            remedy="leave out one of the two",
+        )
     parse_size(args.memory, "--memory")
     if args.dirty_rate not in ("", "0", "max"):
         parse_size(args.dirty_rate, "--dirty-rate")
@@ -109,7 +117,7 @@ def _options(args: argparse.Namespace) -> Options:
         raise UsageError(f"--downtime {args.downtime} is not 1 to {MAX_DOWNTIME_MS}", remedy="try 300")
     return Options(
         args.scenario, at, args.destination_gone, args.memory, args.dirty_rate, args.tracker, args.connections,
-        args.downtime, _directory_to_keep(args.keep),
+        args.downtime, _directory_to_keep(args.keep), args.back,
     )  # fmt: skip
 
 
@@ -170,6 +178,11 @@ async def _play(options: Options, *, as_json: bool) -> int:
             _say_tracker(say)
         await stage.boot()
         outcome = await stage.judge(await scenario.play(stage))
+        if options.back and outcome["outcome"] == "completed":
+            _tell_outcome({**outcome, "event": "there"}, as_json)
+            say("and back")
+            stage.turn_round()
+            outcome = await stage.judge(await scenario.play(stage))
     finally:
         await stage.close()
     if outcome["guest"]["corrupt"] or outcome["guest"]["missed"]:
@@ -180,12 +193,18 @@ async def _play(options: Options, *, as_json: bool) -> int:
         )
         outcome["exit_code"] = wrong.exit_code
         outcome["reasons"].append(wrong.as_reason().to_wire())
+    _tell_outcome(outcome, as_json)
+    return int(outcome["exit_code"])
+
+
+def _tell_outcome(outcome: dict[str, Any], as_json: bool) -> None:
+    from migrate.cli.demo import report
+
     if as_json:
         _print(outcome, as_json)
     else:
         for line in report.summary(outcome):
             print(line)
-    return int(outcome["exit_code"])
 
 
 def _say_tracker(say: Any) -> None:

@@ -49,22 +49,25 @@ def last_tick(output: Path) -> int:
     return int(found[-1][0]) if found else 0
 
 
-def read(first: Path, second: Path | None, at_start: int) -> GuestReport:
-    """:param first: the UART's output on the host where the guest began. :param second: on the other one, if it ran there.
+def read(before: bytes, after: bytes | None, at_start: int) -> GuestReport:
+    """:param before: all that the UARTs put out until the machine moved. :param after: on the other host, if it ran there.
     :param at_start: the last tick before the migration was asked for."""
-    before = first.read_bytes() if first.exists() else b""
-    after = second.read_bytes() if second is not None and second.exists() else b""
-    data = before + after
+    data = before + (after or b"")
     whole = data[: data.rfind(b"\n") + 1]
     ticks = TICK.findall(whole)
     numbers = [int(match[0]) for match in ticks]
     missed = sum(1 for one, next_one in pairwise(numbers) if next_one != one + 1)
     strange = sum(1 for line in whole.splitlines() if not LINE.fullmatch(line))
-    in_first = TICK.findall(before)
+    until = TICK.findall(before)
     return GuestReport(
-        ticks_before=int(in_first[-1][0]) if in_first and second is not None else at_start,
+        ticks_before=int(until[-1][0]) if until and after is not None else at_start,
         ticks_after=numbers[-1] if numbers else 0,
         corrupt=strange,
         missed=missed,
         longest_gap_ms=max((int(match[2]) for match in ticks), default=0) / 1000,
     )
+
+
+def output_of(path: Path) -> bytes:
+    """What a UART has put out; nothing where it was never there."""
+    return path.read_bytes() if path.exists() else b""

@@ -44,6 +44,7 @@ class Options:
     connections: int = 1
     downtime_ms: int = 300
     keep: str = ""
+    back: bool = False  #: a second run, from where it has gone to where it was
 
 
 @dataclass(slots=True)
@@ -59,6 +60,7 @@ class Stage:
     tell: Callable[[Event], None]  #: every event of the migration
     extra: Event = field(default_factory=dict)  #: what a scenario adds to the last line
     tick_at_start: int = 0
+    said_before: bytes = b""  #: what the guest said on the destination's host before it was there last
 
     # -- the machine ---------------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,11 @@ class Stage:
                 )
             await asyncio.sleep(0.01)
 
+    def turn_round(self) -> None:
+        """The machine has moved; from now on its destination is where it came from."""
+        self.said_before = console.output_of(self.source.output(MACHINE))
+        self.source, self.destination = self.destination, self.source
+
     # -- what must be true afterwards ----------------------------------------------------------------------------------------
 
     async def judge(self, outcome: Event) -> Event:
@@ -193,11 +200,9 @@ class Stage:
             now = console.last_tick(here.output(MACHINE))
             await self._ticks(here, now + TICKS_AFTER, GO_ON_SECONDS)
             await self.nobody_executes([there])
-        report = console.read(
-            self.source.output(MACHINE),
-            self.destination.output(MACHINE) if moved else None,
-            self.tick_at_start,
-        )
+        first = self.said_before + console.output_of(self.source.output(MACHINE))
+        second = console.output_of(self.destination.output(MACHINE))[len(self.said_before) :]
+        report = console.read(first, second if moved else None, self.tick_at_start)
         for key in ("job", "machine", "to", "role"):
             outcome.pop(key, None)
         return {**outcome, "guest": report.to_json(), **self.extra}
@@ -235,7 +240,7 @@ class Stage:
 
     async def close(self) -> None:
         """End everything; keep what was asked to be kept."""
-        await asyncio.gather(self.source.stop(), self.destination.stop(), return_exceptions=False)
+        await asyncio.gather(self.source.stop(), self.destination.stop())
         if self.relay is not None:
             await self.relay.cut()
         try:

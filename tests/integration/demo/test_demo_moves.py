@@ -44,6 +44,18 @@ def test_keep_leaves_blobs_that_can_be_read_ledgers_and_logs(played: DemoRun) ->
         assert (played.kept / host / "machines" / "demo" / "uart0.out").stat().st_size > 0
 
 
+@pytest.mark.demo("--back", *PATIENT)
+def test_a_second_run_takes_the_guest_back_to_where_it_was(played: DemoRun) -> None:
+    back = check_moved(played)
+    [there] = played.of_kind("there")
+    assert (there["outcome"], there["running_on"]) == ("completed", "destination"), played
+    assert there["verified"] == {"ram": True, "devices": True}, played
+    # Of one guest: it went on where it was taken to, and its ticks are counted over both ways.
+    assert there["guest"]["ticks_after"] < back["guest"]["ticks_before"] < back["guest"]["ticks_after"]
+    assert "migrating to tls://" in played.says()
+    assert "name=hosta" in played.says()
+
+
 @pytest.mark.demo("--tracker", "log", "--connections", "0", *PATIENT)
 def test_it_moves_with_the_tracker_log_and_pages_in_line_with_the_control_messages(played: DemoRun) -> None:
     check_moved(played)

@@ -26,6 +26,7 @@ def refused(played: DemoRun) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--back", "--scenario=cancelled"], "--back does not go with cancelled"),
         (["--scenario", "compleated"], "compleated"),
         (["--at", "round-2"], "--at round-2"),
         (["--scenario", "destination-killed", "--at", "nowhere"], "round-2, switchover"),

@@ -143,6 +143,20 @@ def test_whoever_follows_learns_that_the_daemon_has_gone(running: Host) -> None:
     run(running, lambda client: client.cancel("web1"))
 
 
+def test_whoever_follows_by_a_client_that_is_closed_does_not_wait_for_ever(running: Host) -> None:
+    async def follow() -> None:
+        async with client_of(running) as client:
+            job = await migrate(client, "exec:cancellable")
+            following = asyncio.ensure_future(events_of(client, job))
+            await until(client, job, "held")
+            await client.close()
+            with pytest.raises(FerryError, match="what became of it is not known from here"):
+                await asyncio.wait_for(following, 30)
+
+    asyncio.run(follow())
+    run(running, lambda client: client.cancel("web1"))
+
+
 def test_a_daemon_that_is_stopped_takes_its_jobs_back_first(running: Host) -> None:
     async def begin(client: HostClient) -> str:
         job = await migrate(client, "exec:cancellable")

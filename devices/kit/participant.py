@@ -41,6 +41,7 @@ class Participant:
         self.id = device_id
         #: Where it stands. The kit sets it; a device made on its own, as in a unit test, is taken to run.
         self.state = DeviceState.RUNNING
+        self.why_in_error = ""  #: what put it into ERROR, for whoever asks it to move from there
         #: Held by whoever touches the state: the VMM's accesses, timers, hooks, save, and the collection of dirty pages.
         self.lock = threading.RLock()
         #: Guest memory, once it is attached.

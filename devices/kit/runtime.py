@@ -64,6 +64,12 @@ class Runtime:
         stopped_ns = _stopped_ns(options or {})
         participant = self.participant
         with participant.lock:
+            if participant.state is _S.ERROR and participant.why_in_error:
+                raise self._refused(
+                    f"it is in ERROR: {participant.why_in_error}",
+                    "mend that, then start the machine again",
+                    Phase.RUNNING,
+                )
             for following in path(participant.state, wanted):
                 arc = (participant.state, following)
                 with self._blame(
@@ -123,6 +129,7 @@ class Runtime:
                 participant.reset()
             participant._forget_edges()
             if participant.state is _S.ERROR:
+                participant.why_in_error = ""
                 participant.state = _S.STOP
             elif participant.streamed is not None and participant.state in SAVING_GROUP:
                 participant.streamed.begin()
@@ -258,7 +265,8 @@ class Runtime:
         try:
             with self._blame("Apply", Phase.LOAD):
                 self.participant.load(values)
-        except FerryError:
+        except FerryError as error:
+            self.participant.why_in_error = error.reason
             self.participant.state = _S.ERROR
             raise
 

@@ -93,6 +93,7 @@ class Vcpu(Participant):
             return
         log.error("event=vcpu_failed id=%s reason=%r rip=%#x", self.id, str(failure), self._engine.rip)
         with self.lock:
+            self.why_in_error = str(failure)
             self.state = DeviceState.ERROR
 
     # -- state --------------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ class Supervisor:
             await self._resume_here()
         except FerryError as error:
             self._stopped_at = self._stopped_at or time.monotonic_ns()
-            await self._halt(f"it could not be resumed: {error}; `ferry resume` tries again")
+            await self._halt(f"{error}; so it could not be resumed: `ferry resume` tries again")
             raise
         self._enter(S.RUNNING, why[:500])
 

@@ -219,7 +219,7 @@ def test_a_load_that_fails_is_refused_with_the_reason_and_ends_in_error(machines
             await faulty.apply()
         assert caught.value.phase == "load"
         assert (await faulty.info()).state == "ERROR"
-        with pytest.raises(DeviceRefused, match="ERROR cannot go to"):
+        with pytest.raises(DeviceRefused, match="it is in ERROR: Apply: RuntimeError: told to fail"):
             await faulty.set_state("STOP")
 
     machines(scenario)

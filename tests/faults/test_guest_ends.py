@@ -17,11 +17,11 @@ Pair = tuple[Host, Host]
 SHORT = "short1"
 
 
-def migrate(a: Host, b: Host, name: str = MACHINE) -> tuple[Running, str]:
-    """A migration that waits after its first round, and its job."""
-    migrating = a.begin("migrate", name, "--to", b.tls, "--downtime", "5000", "--hold", "round:1")
+def migrate(a: Host, b: Host, name: str = MACHINE, at: str = "round:1") -> tuple[Running, str]:
+    """A migration that waits there, and its job."""
+    migrating = a.begin("migrate", name, "--to", b.tls, "--downtime", "5000", "--hold", at)
     job = migrating.until("job")["job"]
-    migrating.until("held", at="round:1")
+    migrating.until("held", at=at)
     return migrating, job
 
 
@@ -65,10 +65,11 @@ def test_a_guest_that_powers_off_in_precopy_ends_the_job_and_nothing_is_left_any
     a.ferry("stop", SHORT)
 
 
-def test_a_device_that_hangs_at_the_destination_is_named_and_the_source_runs_on(here: Pair) -> None:
+@pytest.mark.parametrize("at", ["round:1", "stopped", "ready", "committed"])
+def test_a_device_that_hangs_at_the_destination_is_named_and_the_source_runs_on(here: Pair, at: str) -> None:
     a, b = here
     trail = Trail(a, b)
-    migrating, _ = migrate(a, b)
+    migrating, _ = migrate(a, b, at=at)
     with hanging(incoming(b, "rtc0")):
         a.proceed()
         said = migrating.end()

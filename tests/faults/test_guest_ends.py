@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,8 @@ def hanging(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # it was ended meanwhile
+            os.kill(pid, signal.SIGCONT)
 
 
 def incoming(host: Host, device: str) -> int:
@@ -100,3 +101,17 @@ def test_a_device_that_hangs_at_the_source_is_named_and_the_machine_runs_nowhere
     assert machine is not None
     assert machine["state"] == "failed"
     assert device in machine["detail"]
+
+
+def test_a_device_that_hangs_at_the_source_when_it_has_given_its_state_holds_nothing_up(here: Pair) -> None:
+    a, b = here
+    trail = Trail(a, b)
+    migrating, _ = migrate(a, b, at="stopped")
+    with hanging(a.pid_of("rtc0")):
+        a.proceed()
+        said = migrating.end()
+        assert (said.code, said.outcome["running_on"]) == (0, "destination"), said
+        a.becomes("")  # its process is ended, too
+    trail.goes(b)
+    b.ticks_on()
+    trail.check()

@@ -1,14 +1,21 @@
 """Disks are shared storage, and that is proved: the source writes a random token beside each image, the destination reads it back.
 
 A file of the same name on another storage has no such token beside it, and is refused before anything is stopped.
+
+The token is locked as images are (F_OFD_SETLK, as devices/virtio/backing.py does). Where the destination sees that lock, it would
+see the source's on the image as well, and no third party can have one beside that. Where it does not, locks do not cross between
+these hosts, and a lock that is seen on the image is somebody else's here.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import stat
+import struct
 from pathlib import Path
+from typing import Final
 
 from migrate.coordinator.participants import Participants
 from migrate.errors import FerryError, IncompatibleError, Phase, Reason, UsageError
@@ -17,6 +24,8 @@ from migrate.protocol.messages import DeviceEntry, DiskEntry
 
 SUFFIX = ".vmferry"
 MAX_TOKEN = 64
+#: struct flock: type, whence, start, length (0: to the end), pid (0, as OFD locks demand).
+_FLOCK: Final = struct.Struct("hhqqi4x")
 
 
 class Tokens:
@@ -24,7 +33,7 @@ class Tokens:
 
     def __init__(self) -> None:
         self.by_disk: dict[tuple[str, str], str] = {}
-        self._written: list[Path] = []
+        self._written: list[tuple[Path, int]] = []  # with the descriptor that has its lock
 
     def write(self, parts: Participants) -> None:
         """Beside every image of the machine.
@@ -37,7 +46,7 @@ class Tokens:
                 path = Path(image + SUFFIX)
                 token = secrets.token_hex(16)
                 try:
-                    _write(path, token)
+                    fd = _write(path, token)
                 except OSError as error:
                     reasons.append(
                         Reason(
@@ -48,31 +57,40 @@ class Tokens:
                         )
                     )
                 else:
-                    self._written.append(path)
+                    self._written.append((path, fd))
                     self.by_disk[member.id, option] = token
         if reasons:
             raise IncompatibleError(reasons)
 
     def remove(self) -> None:
         """Best effort: a token that stays is overwritten by the next job."""
-        for path in self._written:
+        for path, fd in self._written:
             path.unlink(missing_ok=True)
+            os.close(fd)
+        self._written.clear()
 
 
-def _write(path: Path, token: str) -> None:
+def _write(path: Path, token: str) -> int:
+    """Answers with the descriptor that keeps it locked, where this storage has locks."""
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.write(fd, token.encode() + b"\n")
         os.fsync(fd)
-    finally:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        except OSError:
+            pass  # then the destination asks more than it would have to
+        os.rename(draft, path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except BaseException:
         os.close(fd)
-    os.rename(draft, path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        raise
+    return fd
 
 
 def find(host: HostConfig, entry: DeviceEntry) -> tuple[dict[str, str], list[Reason]]:
@@ -92,7 +110,7 @@ def _image(host: HostConfig, disk: DiskEntry) -> Path:
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
         raise UsageError(f"the image {path} is not a regular file", remedy="give the path of a raw image")
-    token = _read(Path(str(path) + SUFFIX))
+    token, locks_cross = _read(Path(str(path) + SUFFIX))
     if not disk.token or not secrets.compare_digest(token.encode(), disk.token.encode()):
         raise UsageError(
             f"{path} is a different file under the same name: the source's token is not beside it",
@@ -103,20 +121,41 @@ def _image(host: HostConfig, disk: DiskEntry) -> Path:
             f"the image {path} has {info.st_size} bytes here and {disk.size} on the source",
             remedy="is the storage's cache stale? see that both hosts see one file",
         )
-    if not os.access(path, os.R_OK if disk.read_only else os.R_OK | os.W_OK):
+    try:
+        fd = os.open(path, (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
         raise UsageError(
-            f"the image {path} may not be {'read' if disk.read_only else 'written'} here",
-            remedy="mend its mode",
-        )
+            f"the image {path} may not be {'read' if disk.read_only else 'written'} here: {error.strerror}",
+            remedy="mend its mode, or how its storage is mounted",
+        ) from None
+    try:
+        if not locks_cross and _locked(fd, fcntl.F_RDLCK if disk.read_only else fcntl.F_WRLCK):
+            raise UsageError(
+                f"the image {path} is locked by another process of this host, or of one that shares locks with it",
+                remedy="end what uses it: `lslocks` names it where it runs here",
+            )
+    finally:
+        os.close(fd)
     return path
 
 
-def _read(path: Path) -> str:
+def _locked(fd: int, kind: int) -> bool:
+    """Does somebody have a lock that would keep us from this one? False where the storage has no locks."""
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return False
+    return int(_FLOCK.unpack(answer)[0]) != fcntl.F_UNLCK
+
+
+def _read(path: Path) -> tuple[str, bool]:
+    """The token, and whether the lock that the source has on it is seen here."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return ""
+        return "", False
     try:
-        return os.read(fd, MAX_TOKEN + 1).decode("ascii", errors="replace").strip()
+        token = os.read(fd, MAX_TOKEN + 1).decode("ascii", errors="replace").strip()
+        return token, _locked(fd, fcntl.F_RDLCK)
     finally:
         os.close(fd)

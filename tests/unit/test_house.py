@@ -22,7 +22,10 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 #: Packages that stand on less than their layer allows.
-STANDS_ON = {"testing": {"testing", "bus", "state", "memory", "errors"}, "client": {"client", "bus", "errors"}}
+STANDS_ON = {
+    "testing": {"testing", "bus", "state", "memory", "errors"},
+    "client": {"client", "bus", "errors"},
+}
 DEVICES_STAND_ON = {"memory", "state", "bus", "errors"}
 PURE = ("migrate/protocol", "migrate/state")
 IMPURE_MODULES = {

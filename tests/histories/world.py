@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -52,6 +54,7 @@ vectors = 3
 image = "storage/disk0.img"
 """
 DISK_BYTES = 8 << 20
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock
 #: How long the world may take to come to rest after a fault, s.
 SETTLE_SECONDS = 60.0
 #: States in which a host says that the guest executes there.
@@ -110,9 +113,13 @@ class World:
         left = processes_of(str(self.directory))
         # A supervisor that was killed leaves the names of its sockets; what counts is that nobody answers there.
         sockets = [path for path in self.directory.rglob("*") if path.is_socket() and answers(path)]
+        with self.image.open("rb") as image:
+            asked = fcntl.fcntl(image, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        lock = _FLOCK.unpack(asked)[0]
         shutil.rmtree(self.directory, ignore_errors=True)
         assert not left, f"processes were left behind: {left}"
         assert not sockets, f"sockets were left behind: {sockets}"
+        assert lock == fcntl.F_UNLCK, "a lock on the image was left behind"
 
     # -- what is asked of it -------------------------------------------------------------------------------------------------
 

@@ -27,17 +27,16 @@ HELP = "move a running guest between two hosts on this machine, and prove that n
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     from migrate.cli.demo.scenarios import SCENARIOS
+    from migrate.cli.words import explain
 
     lines = "\n".join(f"  {name:20} {item.about}" for name, item in SCENARIOS.items())
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (
+    explain(
+        parser,
         "Starts two hosts (daemons, certificates, a machine whose devices are processes), moves the running guest\n"
         "from one to the other by mutual TLS over loopback, and checks both sides afterwards.\n\nscenarios:\n"
-        + lines
-    )
-    parser.epilog = (
-        "examples:\n  ferry demo\n  ferry demo --scenario commit-lost --json\n"
-        "exit code: that of the migration (0 done, 1 failed and the source runs, 3 refused, 4 in doubt)"
+        + lines,
+        "ferry demo\nferry demo --scenario commit-lost --json",
+        (0, 1, 2, 3, 4, 130),
     )
     parser.add_argument(
         "--scenario", choices=SCENARIOS, default="completed", metavar="NAME", help="see above"

@@ -11,10 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from migrate.cli.demo.hosts import processes_of
-from migrate.cli.demo.stage import MACHINE, Event, Stage
 from migrate.errors import FerryError, Phase
+
+if TYPE_CHECKING:  # `ferry demo --help` shows this table, and does without what plays it
+    from migrate.cli.demo.stage import Event, Stage
 
 #: A job gives up by itself long before; this bounds a defect. A loaded machine may take half a minute to come to COMMIT.
 DOUBT_SECONDS = 120.0
@@ -69,6 +71,8 @@ async def destination_killed(stage: Stage) -> Event:
 
 
 async def coordinator_killed(stage: Stage) -> Event:
+    from migrate.cli.demo.hosts import processes_of
+
     async def strike(at: str) -> None:
         pids = [pid for pid in processes_of(str(stage.source.directory)) if _is_coordinator(pid)]
         stage.say(f"{at}: SIGKILL to the source's coordinator ({', '.join(map(str, pids))})")
@@ -88,8 +92,8 @@ def _is_coordinator(pid: int) -> bool:
 
 async def cancelled(stage: Stage) -> Event:
     async def strike(at: str) -> None:
-        stage.say(f"{at}: ferry cancel {MACHINE}")
-        await stage.source.client.cancel(MACHINE)
+        stage.say(f"{at}: ferry cancel {stage.machine}")
+        await stage.source.client.cancel(stage.machine)
 
     return await stage.follow(await stage.begin(hold="round:1"), strike)
 
@@ -104,7 +108,7 @@ async def commit_lost(stage: Stage) -> Event:
         await stage.held_at_destination(job, "committed")
         stage.say("the destination has committed and its RUNNING is not sent yet: the link is cut")
         await stage.relay.cut()
-        await stage.destination.client.proceed(MACHINE)
+        await stage.destination.client.proceed(stage.machine)
         strike = None
     else:
         job = await stage.begin(hold="committed", doubt_seconds=seconds)
@@ -128,14 +132,14 @@ async def _in_doubt(stage: Stage, following: asyncio.Task[Event]) -> None:
     """See the source stopped and in doubt, and both copies there."""
     deadline = time.monotonic() + DOUBT_SECONDS
     while time.monotonic() < deadline and not following.done():
-        here = await stage.source.machine(MACHINE)
+        here = await stage.source.machine(stage.machine)
         if (
             here is not None
             and here["state"] == "in-doubt"
             and stage.relay is not None
             and stage.relay.is_cut
         ):
-            there = await stage.destination.machine(MACHINE)
+            there = await stage.destination.machine(stage.machine)
             states = {"source": here["state"], "destination": there["state"] if there else "gone"}
             if states["destination"] in ("held", "running"):
                 stage.say(f"in doubt, both copies are there: {states}")
@@ -165,7 +169,7 @@ async def _never_again(stage: Stage, following: asyncio.Task[Event]) -> Event:
     stage.say(
         f"ferry migrate ended with {outcome['exit_code']}; the operator: ferry resolve --keep source --fenced"
     )
-    state = await stage.source.client.resolve(MACHINE, "source")
+    state = await stage.source.client.resolve(stage.machine, "source")
     stage.extra["resolved"] = {"keep": "source", "state": state}
     outcome["running_on"] = "source"
     return outcome

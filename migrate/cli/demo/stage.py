@@ -62,6 +62,8 @@ class Stage:
     tick_at_start: int = 0
     said_before: bytes = b""  #: what the guest said on the destination's host before it was there last
 
+    machine: str = MACHINE
+
     # -- the machine ---------------------------------------------------------------------------------------------------------
 
     def machine_toml(self) -> str:

@@ -21,6 +21,13 @@ from migrate.state.kinds import Bytes, Enum, Kind, List, Str, Struct, Wrong
 #: Up to this many bytes of payload, lists and maps are not counted: they cannot cost more than 72 MiB.
 _UNCOUNTED: Final = 1 << 20
 
+#: Up to this many bytes no limits are given to msgpack, which takes the number of bytes for each: 512 lists in each other may claim
+#: that many items, which costs 16 MiB. Giving it limits takes as long as unpacking the state of a small device.
+_SMALL: Final = 4096
+
+#: The largest state that a buffer is kept for, in bytes.
+_KEPT: Final = 64 << 10
+
 #: How much more than the schema allows a head may claim, so that a little too much is judged by `kinds.py`, which names the path.
 _SLACK: Final = 64
 
@@ -33,7 +40,14 @@ class Codec:
 
     def __init__(self, struct: Struct) -> None:
         self._struct = struct
+        self._fits = struct.judge()
         self.max_size = struct.max_size
+        # For plain values msgpack gives the shortest form of everything, which is the canonical one.
+        # A packer of its own for small states: making one takes as long as packing a few registers. Its buffer stays as large as
+        # the largest that it packed. Packing holds the GIL, so threads may share it.
+        self._pack: Callable[[object], bytes] = (
+            msgpack.Packer(buf_size=self.max_size).pack if self.max_size <= _KEPT else msgpack.packb
+        )
         limits = _Limits()
         limits.look(struct)
         self._containers = limits.containers
@@ -47,22 +61,25 @@ class Codec:
 
     def encode(self, values: Mapping[str, object]) -> bytes:
         """:raise Wrong: if a value does not fit."""
-        return _pack(self._struct.canonical(values))
+        return self._pack(values if self._fits(values) else self._struct.canonical(values))
 
     def decode(self, data: bytes) -> dict[str, object]:
         """:raise Wrong: if the bytes are not what `encode` gives for some state."""
         if len(data) > self.max_size:
             raise Wrong(f"has {len(data)} bytes, and {self.max_size} is the most that one can have")
         hooks = _counting(self._containers) if len(data) > _UNCOUNTED else {}
-        value = self._struct.canonical(self._unpack(data, hooks))
-        again = _pack(value)
+        unpacked = self._unpack(data, hooks)
+        value = unpacked if self._fits(unpacked) else self._struct.canonical(unpacked)
+        again = self._pack(value)
         if again != data:
             self._explain(data, again)
-        return value
+        return value  # type: ignore[return-value]  # a dict: it fits a struct
 
     def _unpack(self, data: bytes, hooks: Mapping[str, Callable[..., object]]) -> object:
         longest = min(self._list, len(data))
         try:
+            if len(data) <= _SMALL and not hooks:
+                return msgpack.unpackb(data)  # extensions are found by whoever judges what comes out
             return msgpack.unpackb(
                 data, max_array_len=longest, ext_hook=_no_extension, **self._others, **hooks
             )
@@ -104,12 +121,6 @@ class _Limits:
                 self.str = max(self.str, *map(len, kind.values))
             case Bytes():
                 self.bin = max(self.bin, kind.high)
-
-
-def _pack(value: object) -> bytes:
-    """For plain values msgpack's packer gives the shortest form of everything, which is the canonical one."""
-    packed: bytes = msgpack.packb(value)
-    return packed
 
 
 def _no_extension(code: int, _data: bytes) -> object:

@@ -36,6 +36,9 @@ class Wrong(Exception):
         return self
 
 
+Fits = Callable[[object], bool]
+
+
 class Kind(Protocol):
     """What all kinds offer. Immutable."""
 
@@ -45,6 +48,10 @@ class Kind(Protocol):
 
     def canonical(self, value: object) -> object:
         """The value as it is encoded: plain types, fields in schema order. :raise Wrong: if it does not fit."""
+
+    def judge(self) -> Fits:
+        """Says of what msgpack has unpacked whether it is canonical as it stands. False may also be said of what only `canonical`
+        can tell, or explain: this is the fast way, for the values that fit."""
 
     def default(self) -> object:
         """The value that means "nothing yet": zero, or the bound nearest to it."""
@@ -111,6 +118,10 @@ class Int:
             raise Wrong(f"is {shown(value)}, outside {self.low}..{self.high}")
         return value
 
+    def judge(self) -> Fits:
+        low, high = self.low, self.high
+        return lambda value: type(value) is int and low <= value <= high
+
     def default(self) -> int:
         return min(max(0, self.low), self.high)
 
@@ -128,6 +139,9 @@ class Bool:
         if value is True or value is False:
             return value
         raise Wrong(f"is {shown(value)}, not true or false")
+
+    def judge(self) -> Fits:
+        return lambda value: value is True or value is False
 
     def default(self) -> bool:
         return False
@@ -153,6 +167,10 @@ class Bytes:
         if not self.low <= len(value) <= self.high:
             raise Wrong(f"has {len(value)} bytes, not {_between(self.low, self.high)}")
         return value
+
+    def judge(self) -> Fits:
+        low, high = self.low, self.high
+        return lambda value: type(value) is bytes and low <= len(value) <= high
 
     def default(self) -> bytes:
         return bytes(self.low)
@@ -180,6 +198,13 @@ class Str:
             raise Wrong(f"has {size} bytes of UTF-8, more than {self.high}")
         return str(value)
 
+    def judge(self) -> Fits:
+        high = self.high
+        # A character has four bytes at most; a string that may be too long is for `canonical` to measure.
+        return lambda value: (
+            type(value) is str and (len(value) * 4 <= high or (value.isascii() and len(value) <= high))
+        )
+
     def default(self) -> str:
         return ""
 
@@ -201,6 +226,10 @@ class Enum:
         if value not in self.values:
             raise Wrong(f"is {value[:40]!r}, not one of {', '.join(self.values)}")
         return str(value)
+
+    def judge(self) -> Fits:
+        words = frozenset(self.values)
+        return lambda value: type(value) is str and value in words
 
     def default(self) -> str:
         return self.values[0]
@@ -233,6 +262,21 @@ class List:
             raise wrong.under(f"[{len(result)}]") from None
         return result
 
+    def judge(self) -> Fits:
+        low, high, item = self.low, self.high, self.item.judge()
+        if not isinstance(self.item, Int):
+            return lambda value: type(value) is list and low <= len(value) <= high and all(map(item, value))
+        least, most = self.item.low, self.item.high
+
+        def numbers(value: object) -> bool:
+            if type(value) is not list or not low <= len(value) <= high:
+                return False
+            return not value or (
+                set(map(type, value)) == _INTS and least <= min(value) and max(value) <= most
+            )
+
+        return numbers
+
     def default(self) -> list[object]:
         return [self.item.default() for _ in range(self.low)]
 
@@ -257,6 +301,32 @@ class Field:
 
 
 _MISSING: Final = object()
+_INTS: Final = {int}
+
+
+def _fields_fit(fields: tuple[Field, ...]) -> Fits:
+    """For a map with exactly these fields in this order. Integers, the most by far, are judged without a call each."""
+    names = [entry.name for entry in fields]
+    steps = tuple(
+        (entry.name, entry.kind.low, entry.kind.high, None)
+        if isinstance(entry.kind, Int)
+        else (entry.name, 0, 0, entry.kind.judge())
+        for entry in fields
+    )
+
+    def fits(value: object) -> bool:
+        if type(value) is not dict or [*value] != names:
+            return False
+        for name, low, high, judge in steps:
+            item = value[name]
+            if judge is None:
+                if type(item) is not int or not low <= item <= high:
+                    return False
+            elif not judge(item):
+                return False
+        return True
+
+    return fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +370,15 @@ class Struct:
                         "is not in the schema", f".{key[:40]}" if isinstance(key, str) else f".({shown(key)})"
                     )
         return result
+
+    def judge(self) -> Fits:
+        always = tuple(entry for entry in self.fields if not entry.optional)
+        required = _fields_fit(always)
+        if len(always) == len(self.fields):
+            return required
+        every = _fields_fit(self.fields)
+        # Subsections come last: none of them, or all, are seen at once. Some of them are for `canonical`.
+        return lambda value: required(value) or every(value)
 
     def default(self) -> dict[str, object]:
         # Judged again for its copy: a list handed out must not be the schema's own.

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from tests.bench import collect, disk, downtime, precopy, shuttle
+from tests.bench import collect, disk, downtime, precopy, shuttle, state
 from tests.bench.figures import Figure, Scale, as_line, machine, table
 
 BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
@@ -18,6 +18,7 @@ BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "downtime": downtime.run,
     "disk": disk.run,
     "shuttle": shuttle.run,
+    "state": state.run,
 }
 
 

@@ -3,6 +3,7 @@
 # make lint    ruff and mypy --strict
 # make bench   figures, each beside the raw limit of the same run
 # make chaos   random histories of one machine and two hosts, for an hour (ARGS="--minutes 600", "--seed N")
+# make fuzz    hostile blobs, schemas and streams, for an hour (ARGS="--minutes 600", "--seed N")
 # make guest   build the demo's guest again (needs gcc and binutils)
 # Each does its own set-up: a .venv with the versions of constraints.txt.
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test lint bench chaos guest clean
+.PHONY: demo test lint bench chaos fuzz guest clean
 
 demo: .venv/.run
 	$(BIN)/ferry demo $(ARGS)
@@ -28,6 +29,9 @@ bench: .venv/.dev
 
 chaos: .venv/.dev
 	$(BIN)/python -m tests.histories $(ARGS)
+
+fuzz: .venv/.dev
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 guest:
 	$(MAKE) -C devices/vcpu/guest

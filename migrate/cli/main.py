@@ -36,6 +36,7 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "recover": "ask the other host who runs a machine that is in doubt",
         "resolve": "decide who runs a machine in doubt, after fencing the other host",
         "accept": "what ssh runs on the other host for --to 'exec:ssh HOST ferry accept'",
+        "blob": "look into saved state: show, dump, query, diff, verify, upgrade, redact",
         "pki": "certificates for hosts: a private CA",
     }
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 from migrate.errors import FerryError
@@ -38,6 +38,13 @@ class Output:
         if not self.json:
             self._clear()
             print(line, file=self._out, flush=True)
+
+    def bulk(self, lines: Iterable[str]) -> None:
+        """Many lines of what was asked for. Each is made when it is printed, also where nothing is printed."""
+        for line in lines:
+            if not self.json:
+                self._out.write(f"{line}\n")
+        self._out.flush()
 
     def say(self, line: str) -> None:
         """A line for people."""

@@ -106,7 +106,7 @@ def _payload(view: memoryview, at: int, end: int, version: SchemaVersion | None)
     try:
         yield from reader.value("", 0, version.struct if version is not None else None, None)
     except _Stop as stop:
-        why = stop.why if end <= len(view) or stop.at < last else f"{stop.why}: the blob was cut off"
+        why = f"{stop.why}: the blob was cut off" if end > len(view) else stop.why
         yield _damage(stop.at, last, why)
         return
     if reader.at < last:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from migrate.errors import TrackerError
 from migrate.machine import ledger
 from migrate.memory import prove
-from migrate.state import blob
+from migrate.state import blob, catalog
+from migrate.state.walk import walk
 from tests.integration.demo.demo_runs import DemoRun
 from tests.integration.demo.outcomes import DEVICES, MIB, check, check_moved
 
@@ -42,6 +45,27 @@ def test_keep_leaves_blobs_that_can_be_read_ledgers_and_logs(played: DemoRun) ->
         names = {path.name for path in (played.kept / host).rglob("*.log")}
         assert {"supervisor.log", "uart0.log", "vcpu0.log", "demo-host.log"} <= names
         assert (played.kept / host / "machines" / "demo" / "uart0.out").stat().st_size > 0
+
+
+@pytest.mark.demo(*PATIENT, "--keep")
+def test_every_byte_of_every_blob_that_the_demo_leaves_is_explained_once(played: DemoRun) -> None:
+    assert played.kept is not None
+    kept = sorted(played.kept.glob("*.blob"))
+    assert len(kept) == len(DEVICES)
+    for path in kept:
+        data = path.read_bytes()
+        made = blob.unpack(data)
+        parts = list(walk(data, catalog.load(made.type).at(made.version)))
+        assert [part for part in parts if part.what == "damage"] == [], path
+        ranges = [(part.offset, part.offset + part.length) for part in parts]
+        assert ranges[0][0] == 0
+        assert ranges[-1][1] == len(data)
+        assert [pair for pair in pairwise(ranges) if pair[0][1] != pair[1][0]] == [], path
+        assert [
+            part.path
+            for part in parts
+            if part.is_value and part.path.count(".") == 1 and "[" not in part.path and not part.doc
+        ] == []
 
 
 @pytest.mark.demo("--back", *PATIENT)

@@ -1,0 +1,317 @@
+"""What each word of `ferry blob` does."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from migrate.cli.blob import drawing
+from migrate.cli.blob.source import Item, items, one
+from migrate.cli.output import Output
+from migrate.errors import BlobError, FerryError, SchemaError, UsageError
+from migrate.state import Schema, SchemaVersion, blob, catalog
+from migrate.state.compare import differences
+from migrate.state.query import find
+from migrate.state.redact import redact
+from migrate.state.walk import Part, walk
+
+Values = Mapping[str, object]
+
+
+def act(args: argparse.Namespace) -> int:
+    output = Output(sys.stdout, sys.stderr, json=args.json)
+    return _ACTIONS[args.action](args, output)
+
+
+# -- looking ------------------------------------------------------------------------------------------------------------------
+
+
+def _show(args: argparse.Namespace, output: Output) -> int:
+    broken = False
+    for item in items(args.what, args.id):
+        version, why = _version_of(item)
+        parts = list(_parts(item, version))
+        damage = [part for part in parts if part.what == "damage" or part.doc.find("WRONG") >= 0]
+        broken |= bool(damage)
+        output.event(_as_event(item, parts, damage))
+        head = _head(parts)
+        output.data(f"{item.name}: {head or 'no blob'}")
+        if why:
+            output.data(f"  ({why}: without it, names and values are shown as they stand there)")
+        for line in drawing.tree(iter(parts)):
+            output.data(f"  {line}")
+        for part in damage:
+            if part.what != "damage":
+                output.data(f"  at byte {part.offset}: {part.doc}")
+    return _end(output, broken)
+
+
+def _dump(args: argparse.Namespace, output: Output) -> int:
+    broken = False
+    first, last = _range(args.range)
+    colour = args.colour == "always" or (
+        args.colour == "auto"
+        and sys.stdout.isatty()
+        and os.environ.get("TERM") != "dumb"
+        and "NO_COLOR" not in os.environ
+    )
+    for item in items(args.what, args.id):
+        version, why = _version_of(item)
+        output.data(f"{item.name}:" + (f" ({why})" if why else ""))
+        seen: list[Part] = []
+
+        def watched(
+            item: Item = item, version: SchemaVersion | None = version, seen: list[Part] = seen
+        ) -> Iterator[Part]:
+            for part in _parts(item, version):
+                if part.what == "damage" or "WRONG" in part.doc:
+                    seen.append(part)
+                output.event(
+                    {"event": "part", "offset": part.offset, "length": part.length, "path": part.path, "what": part.what,
+                     "value": drawing.plain(part.value) if part.length < 4096 else None, "unit": part.unit, "doc": part.doc}
+                )  # fmt: skip
+                yield part
+
+        lines = drawing.rows(watched(), item.data, first, min(last, len(item.data)), colour=colour)
+        output.bulk(lines)
+        broken |= bool(seen)
+    return _end(output, broken)
+
+
+def _info(args: argparse.Namespace, output: Output) -> int:
+    broken = False
+    for item in items(args.what, args.id):
+        found = {
+            part.path.removeprefix("envelope."): part.value
+            for part in walk(item.data[:400], None)
+            if part.what == "envelope"
+        }
+        facts = {
+            "type": found.get("type"), "instance": found.get("instance"), "schema version": found.get("schema_version"),
+            "schema digest": _hex(found.get("schema_digest")), "envelope version": found.get("version"),
+            "payload": found.get("payload_size"), "bytes": len(item.data),
+        }  # fmt: skip
+        known = ""
+        try:
+            blob.header_of(bytes(item.data[:400]))
+            known = _digest_says(str(found["type"]), found["schema_version"], found["schema_digest"])
+        except (FerryError, KeyError) as error:
+            broken = True
+            known = error.reason if isinstance(error, FerryError) else "the blob ends within its header"
+        output.event({"event": "blob", "name": item.name, **facts, "known": known})
+        output.data(f"{item.name}:")
+        shown = [(name, str(value)) for name, value in facts.items() if value is not None]
+        for line in drawing.table([*shown, ("here", known)]):
+            output.data(f"  {line}")
+    return _end(output, broken)
+
+
+def _query(args: argparse.Namespace, output: Output) -> int:
+    _, values, _ = _read(one(args.what, args.id))
+    found = find(values, args.path)
+    output.event({"event": "value", "path": args.path, "value": drawing.plain(found)})
+    output.data(drawing.alone(found))
+    return 0
+
+
+def _diff(args: argparse.Namespace, output: Output) -> int:
+    try:
+        left, right = _read(one(args.what)), _read(one(args.other))
+    except FerryError as error:
+        output.failure(error)
+        return 2
+    if left[0].type != right[0].type:
+        what = f"the first is the state of a {left[0].type}, the second of a {right[0].type}"
+        output.failure(UsageError(what, remedy="compare states of one type"))
+        return 2
+    if left[0].version != right[0].version:
+        output.say(f"schema version {left[0].version} against {right[0].version}")
+    count = 0
+    for found in differences(left[1], right[1]):
+        count += 1
+        output.event(
+            {
+                "event": "difference",
+                "path": found.path,
+                "left": _side(found.left),
+                "right": _side(found.right),
+            }
+        )
+        output.data(f"{found.path}: {drawing.short(found.left)} → {drawing.short(found.right)}")
+    output.event(
+        {
+            "event": "outcome",
+            "outcome": "different" if count else "equal",
+            "differences": count,
+            "exit_code": int(bool(count)),
+        }
+    )
+    return int(bool(count))
+
+
+def _verify(args: argparse.Namespace, output: Output) -> int:
+    broken = False
+    for item in items(args.what, args.id):
+        try:
+            version, _, instance = _read(item)
+        except FerryError as error:
+            broken = True
+            output.event(
+                {"event": "blob", "name": item.name, "right": False, "reasons": [error.as_reason().to_wire()]}
+            )
+            output.data(f"[FAIL] {item.name}: {error}")
+        else:
+            output.event(
+                {
+                    "event": "blob",
+                    "name": item.name,
+                    "right": True,
+                    "type": version.type,
+                    "version": version.version,
+                }
+            )
+            output.data(f"[ OK ] {item.name}: {version.type} {instance!r}, schema version {version.version}")
+    return _end(output, broken)
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------------
+
+
+def _upgrade(args: argparse.Namespace, output: Output) -> int:
+    from migrate.state.upgrades import convert
+
+    item = one(args.what, args.id)
+    version, values, instance = _read(item)
+    schema = catalog.load(version.type)
+    target = schema.at(args.to)
+    changed = convert(schema, values, version.version, args.to)
+    _write(args.output, blob.write(target, instance, changed))
+    output.say(
+        f"wrote {version.type} {instance!r} in version {target.version} (it was {version.version}) to {args.output}"
+    )
+    return _end(output, False)
+
+
+def _redact(args: argparse.Namespace, output: Output) -> int:
+    version, values, instance = _read(one(args.what, args.id))
+    cleaned = redact(version.struct, values, numbers=args.numbers)
+    assert isinstance(cleaned, Mapping)
+    _write(args.output, blob.write(version, instance, cleaned))
+    output.say(f"wrote {version.type} {instance!r} without its guest's data to {args.output}")
+    return _end(output, False)
+
+
+def _write(where: str, data: bytes) -> None:
+    if where == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        Path(where).write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"{where} cannot be written: {error.strerror}", remedy="name another file") from None
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------------
+
+
+def _read(item: Item) -> tuple[SchemaVersion, dict[str, object], str]:
+    """:raise BlobError, SchemaError: it is not whole and right; the text says where it was found."""
+    try:
+        header = blob.header_of(bytes(item.data[:400]))
+        if len(item.data) > blob.MAX_BLOB:
+            raise BlobError(
+                f"it has {len(item.data)} bytes, and no blob has more than {blob.MAX_BLOB}",
+                remedy="cut it out",
+            )
+        version, values = blob.read(bytes(item.data), catalog.load(header.type))
+    except (BlobError, SchemaError) as error:
+        error.reason = f"{item.name}: {error.reason}"
+        raise
+    return version, values, header.instance
+
+
+def _version_of(item: Item) -> tuple[SchemaVersion | None, str]:
+    """The schema version that a blob names, if it is the one that is known here; else why there is none."""
+    try:
+        header = blob.header_of(bytes(item.data[:400]))
+        schema: Schema = catalog.load(header.type)
+        version = schema.at(header.version)
+    except FerryError as error:
+        return None, error.reason
+    if version.digest != header.digest:
+        return None, f"{header.type} version {header.version} is defined otherwise here"
+    return version, ""
+
+
+def _parts(item: Item, version: SchemaVersion | None) -> Iterator[Part]:
+    return walk(item.data, version)
+
+
+def _head(parts: list[Part]) -> str:
+    found = {part.path: part.value for part in parts if part.what == "envelope"}
+    if "envelope.instance" not in found:
+        return ""
+    return f"{found['envelope.type']} {found['envelope.instance']!r}, schema version {found['envelope.schema_version']}"
+
+
+def _as_event(item: Item, parts: list[Part], damage: list[Part]) -> dict[str, object]:
+    values = [
+        {"path": part.path, "value": drawing.plain(part.value), "unit": part.unit, "doc": part.doc}
+        for part in parts
+        if part.is_value
+    ]
+    found = {part.path.removeprefix("envelope."): part.value for part in parts if part.what == "envelope"}
+    return {
+        "event": "blob", "name": item.name, "type": found.get("type"), "instance": found.get("instance"),
+        "version": found.get("schema_version"), "values": values,
+        "damage": [{"offset": part.offset, "why": part.value if part.what == "damage" else part.doc} for part in damage],
+    }  # fmt: skip
+
+
+def _digest_says(type_name: str, version: object, digest: object) -> str:
+    known = catalog.load(type_name)
+    assert isinstance(version, int)
+    same = known.at(version).digest == bytes(digest)  # type: ignore[call-overload]
+    return (
+        "the schema is known and the same"
+        if same
+        else "the schema version is known, and defined otherwise here"
+    )
+
+
+def _hex(value: object) -> str | None:
+    return bytes(value).hex() if isinstance(value, (bytes, memoryview)) else None
+
+
+def _side(value: object) -> object:
+    from migrate.state.compare import Missing
+
+    return None if isinstance(value, Missing) else drawing.plain(value)
+
+
+def _range(text: str) -> tuple[int, int]:
+    if not text:
+        return 0, sys.maxsize
+    first, colon, last = text.partition(":")
+    try:
+        return int(first or "0", 0), int(last, 0) if last else sys.maxsize
+    except ValueError:
+        colon = ""
+    raise UsageError(f"--range {text}{colon} is no range", remedy="write it as 0x40:0x80, 64: or :128")
+
+
+def _end(output: Output, broken: bool) -> int:
+    code = int(broken)
+    output.event({"event": "outcome", "outcome": "broken" if broken else "done", "exit_code": code})
+    return code
+
+
+_ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Output], int]]] = {
+    "show": _show, "dump": _dump, "info": _info, "query": _query, "diff": _diff, "verify": _verify, "upgrade": _upgrade,
+    "redact": _redact,
+}  # fmt: skip

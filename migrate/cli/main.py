@@ -37,6 +37,7 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "resolve": "decide who runs a machine in doubt, after fencing the other host",
         "accept": "what ssh runs on the other host for --to 'exec:ssh HOST ferry accept'",
         "blob": "look into saved state: show, dump, query, diff, verify, upgrade, redact",
+        "schema": "what state devices have, in which versions; has a released one changed?",
         "pki": "certificates for hosts: a private CA",
     }
 )

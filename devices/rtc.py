@@ -61,8 +61,8 @@ class Rtc(Device):
         self.alarm_on = False
         self.fired = False
         self.scratch = 0
-        #: By clock: the high half of the instant whose low half was read last.
-        self.latched = {Word.TIME: 0, Word.MONO: 0}
+        #: By clock: the high half of the instant whose low half was read last; None: none was read.
+        self.latched: dict[int, int | None] = {Word.TIME: None, Word.MONO: None}
 
     # -- time -------------------------------------------------------------------------------------------------------------
 
@@ -140,8 +140,8 @@ class Rtc(Device):
         if size < 4:
             return 0
         word, high = offset & ~7, bool(offset & 4)
-        if high and word in self.latched:
-            return self.latched[word]
+        if high and (latched := self.latched.get(word)) is not None:
+            return latched
         value = self._word(word)
         if size == 8:
             return value
@@ -179,11 +179,19 @@ class Rtc(Device):
             "mono_ns": min(self.mono + elapsed, LAST_NS),
             "alarm_ns": self.alarm,
             "alarm_enabled": self.alarm_on,
-            "irq_pending": self.fired,
+            "alarm_fired": self.fired,
             "scratch": self.scratch,
-            "time_high": self.latched[Word.TIME],
-            "mono_high": self.latched[Word.MONO],
+            "half_read": self._half_read(elapsed),
         }
+
+    def _half_read(self, elapsed: int) -> dict[str, int] | None:
+        """Only where a guest would find another high half than that of the time."""
+        found, needed = {}, False
+        for name, word, since in (("time_high", Word.TIME, self.time), ("mono_high", Word.MONO, self.mono)):
+            high, latched = min(since + elapsed, LAST_NS) >> 32, self.latched[word]
+            found[name] = high if latched is None else latched
+            needed |= found[name] != high
+        return found if needed else None
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._stopped = None
@@ -191,9 +199,10 @@ class Rtc(Device):
         self.mono = state["mono_ns"]
         self.alarm = state["alarm_ns"]
         self.alarm_on = state["alarm_enabled"]
-        self.fired = state["irq_pending"]
+        self.fired = state["alarm_fired"]
         self.scratch = state["scratch"]
-        self.latched = {Word.TIME: state["time_high"], Word.MONO: state["mono_high"]}
+        half = state.get("half_read") or {}
+        self.latched = {Word.TIME: half.get("time_high"), Word.MONO: half.get("mono_high")}
 
 
 if __name__ == "__main__":

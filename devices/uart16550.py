@@ -337,8 +337,7 @@ class Uart16550(Device):
             "lsr_errors": LSR_OVERRUN if self.overrun else 0,
             "msr": self.msr,
             "scr": self.scr,
-            "dll": self.dll,
-            "dlm": self.dlm,
+            "divisor": self.dlm << 8 | self.dll,
             "rx_fifo": bytes(self.rx),
             "tx_fifo": bytes(self.tx),
             "rx_trigger": self._trigger,
@@ -373,7 +372,8 @@ class Uart16550(Device):
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.ier, self.fcr, self.lcr, self.mcr = (state[name] for name in ("ier", "fcr", "lcr", "mcr"))
-        self.dll, self.dlm, self.scr, self.msr = (state[name] for name in ("dll", "dlm", "scr", "msr"))
+        self.scr, self.msr = state["scr"], state["msr"]
+        self.dlm, self.dll = divmod(state["divisor"], 256)
         self.overrun = bool(state["lsr_errors"] & LSR_OVERRUN)
         self.rx, self.tx = bytearray(state["rx_fifo"]), bytearray(state["tx_fifo"])
         self.thr_empty_pending = state["iir_thre_pending"]

@@ -181,8 +181,12 @@ class Runtime:
         self._refuse_if_streamed(Phase.SAVE)
         return self.save_as(self.format.version.version)
 
-    def fingerprint(self) -> bytes:
-        """SHA-256 over the canonical state and what is streamed. :raise DeviceRefused: not stopped."""
+    def fingerprint(self, version: int = 0) -> bytes:
+        """SHA-256 over the canonical state and what is streamed.
+
+        :param version: that the state is written in; 0: the newest.
+        :raise DeviceRefused: not stopped.
+        """
         participant = self.participant
         with participant.lock:
             if participant.state not in _STOPPED:
@@ -191,7 +195,8 @@ class Runtime:
                     "stop it first",
                     Phase.SAVE,
                 )
-            return fingerprint(self.format.encode(self._values()), participant.streamed)
+            written = self.format.payload(self._values(), version or self.format.version.version)
+            return fingerprint(written, participant.streamed)
 
     def _values(self) -> Mapping[str, Any]:
         if self.participant.state in (_S.ERROR, _S.RESUMING):

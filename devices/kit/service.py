@@ -93,7 +93,7 @@ class Service:
 
     @property
     def writable_versions(self) -> Sequence[int]:
-        return (self._runtime.format.version.version,)
+        return self._runtime.format.writable
 
     @property
     def schema_digest(self) -> bytes:
@@ -154,8 +154,8 @@ class Service:
     async def stream_write(self, chunk: int, size: int) -> None:
         await self._run(self._runtime.stream_write, chunk, size)
 
-    async def fingerprint(self) -> bytes:
-        return await self._run(self._runtime.fingerprint)
+    async def fingerprint(self, version: int) -> bytes:
+        return await self._run(self._runtime.fingerprint, version)
 
     async def release_locks(self) -> None:
         await self._run(self._runtime.release_locks)

@@ -1,7 +1,8 @@
 """In which versions a participant's state is written and read here, and the way between its values and a blob.
 
-A process writes one version: the newest, or with --max-version that of an older release, which it then plays in full. It
-reads that version and all before it; what an older version does not have comes in at its default.
+A process plays the newest release, or with --max-version an older one, in full. It reads the newest version of that release and
+all before it, and writes the newest and those before it that its schema says are still written: what a destination asks for that
+is older. The way between versions is `migrate.state.upgrades`; what would be lost on it is refused.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from migrate.errors import DeviceRefused, Phase, UsageError
+from migrate.errors import BlobError, DeviceRefused, Phase, UsageError
 from migrate.state import blob, catalog
+from migrate.state.upgrades import convert
 
 
 class StateFormat:
@@ -27,24 +29,38 @@ class StateFormat:
                 remedy=f"give --max-version one of {', '.join(map(str, self._schema.versions))}",
                 device=device_id,
             )
-        #: The version that is written.
+        #: The newest version that is written.
         self.version = self._schema.at(newest)
         #: All that are read.
         self.readable = tuple(version for version in self._schema.versions if version <= newest)
-
-    def encode(self, values: Mapping[str, Any]) -> bytes:
-        """The canonical bytes of a state. :raise BlobError: it does not fit the schema."""
-        return self.version.encode(self._as_released(values))
+        #: All that are written; a release whose newest is written no more writes that one all the same.
+        self.writable = tuple(number for number in self.readable if number >= self._schema.written) or (
+            newest,
+        )
 
     def write(self, values: Mapping[str, Any], version: int) -> bytes:
-        """A state as a blob. :raise DeviceRefused: in that version it is not written. BlobError: it does not fit."""
-        if version != self.version.version:
+        """A state as a blob.
+
+        :raise DeviceRefused: in that version it is not written. BlobError: it does not fit, or would lose something.
+        """
+        if version not in self.writable:
             raise self._refused(
-                f"it writes {self.version.type} version {self.version.version}, not {version}",
+                f"it writes {self.version.type} version {', '.join(map(str, self.writable))}, not {version}",
                 "upgrade the destination, or start this process with --max-version",
                 Phase.SAVE,
             )
-        return blob.write(self.version, self._id, self._as_released(values))
+        return blob.write(self._schema.at(version), self._id, self._in(version, values))
+
+    def payload(self, values: Mapping[str, Any], version: int) -> bytes:
+        """The canonical bytes of a state in a version that is written. :raise BlobError: as `write`."""
+        return self._schema.at(version).encode(self._in(version, values))
+
+    def _in(self, version: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return convert(self._schema, self._as_released(values), self.version.version, version)
+        except BlobError as error:
+            error.device = self._id
+            raise
 
     def read(self, data: bytes) -> dict[str, Any]:
         """The state in a blob, by the newest version. :raise BlobError, DeviceRefused: it does not load here; why."""
@@ -63,16 +79,15 @@ class StateFormat:
                 Phase.LOAD,
             )
         version, values = blob.read(data, self._schema)
-        if version.version != self._schema.version:
-            return self._schema.at(self._schema.version).defaults() | values
-        return values
+        return convert(self._schema, values, version.version, self._schema.version)
 
     def _as_released(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self.version.version == self._schema.version:
+        """What the release that is played would have saved."""
+        newest = self._schema.version
+        if self.version.version == newest:
             return values
-        # What the older release did not have is not there to be sent.
-        known = {field.name for field in self.version.fields}
-        return {name: value for name, value in values.items() if name in known}
+        canonical = self._schema.at(newest).struct.canonical(values)
+        return convert(self._schema, canonical, newest, self.version.version, never_had=True)
 
     def _refused(self, reason: str, remedy: str, phase: Phase) -> DeviceRefused:
         return DeviceRefused(reason, remedy=remedy, phase=phase, device=self._id)

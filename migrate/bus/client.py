@@ -214,8 +214,11 @@ class DeviceClient:
         """Give it one chunk of streamed state; the descriptor stays the caller's."""
         await self._device("StreamWrite", "ht", (chunk, size), "", timeout, phase)
 
-    async def fingerprint(self, *, timeout: float | None = None, phase: Phase | str | None = None) -> bytes:
-        (digest,) = await self._device("Fingerprint", "", (), "ay", timeout, phase)
+    async def fingerprint(
+        self, version: int = 0, *, timeout: float | None = None, phase: Phase | str | None = None
+    ) -> bytes:
+        """SHA-256 of all its state, in a version that it writes; 0: the newest. Only when stopped."""
+        (digest,) = await self._device("Fingerprint", "u", (version,), "ay", timeout, phase)
         if len(digest) != _DIGEST:
             raise self._refused(f"its fingerprint has {len(digest)} bytes where SHA-256 has {_DIGEST}", phase)
         return bytes(digest)

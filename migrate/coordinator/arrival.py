@@ -118,7 +118,7 @@ class Arrival:
         """Compare the source's digests with ours, and what its devices saved with what ours save before they run."""
         mine, prints, (saved, _) = await asyncio.gather(
             asyncio.to_thread(self.memory.digest_blocks, BLOCK),
-            self.parts.fingerprints(),
+            self.parts.fingerprints(self.versions),
             self.parts.save(self.versions, phase=Phase.LOAD),
         )
         theirs = [message.blocks[low : low + 32] for low in range(0, len(message.blocks), 32)]

@@ -199,12 +199,12 @@ class Participants:
 
         return await self._timed(self.members, one)
 
-    async def fingerprints(self) -> dict[str, bytes]:
-        """SHA-256 of each participant's whole state; opaque ones cannot tell."""
+    async def fingerprints(self, versions: Mapping[str, int]) -> dict[str, bytes]:
+        """SHA-256 of each participant's whole state in the version that was agreed on; opaque ones cannot tell."""
         found: dict[str, bytes] = {}
 
         async def one(member: Member) -> None:
-            found[member.id] = await member.client.fingerprint(phase=Phase.LOAD)
+            found[member.id] = await member.client.fingerprint(versions.get(member.id, 0), phase=Phase.LOAD)
 
         await self._each((member for member in self.members if not member.info.opaque), one)
         return found

@@ -171,7 +171,7 @@ class Transfer:
         """Compare all of both memories and all device state while both are stopped. Answers with the ns it took."""
         start = time.monotonic_ns()
         blocks, prints = await asyncio.gather(
-            asyncio.to_thread(self.memory.digest_blocks), self.parts.fingerprints()
+            asyncio.to_thread(self.memory.digest_blocks), self.parts.fingerprints(self.versions)
         )
         await self.link.send(m.Verify(b"".join(blocks), prints))
         answer = await self.link.expect(m.Verified, timeout=VERIFY_SECONDS)

@@ -200,10 +200,8 @@ class Str:
 
     def judge(self) -> Fits:
         high = self.high
-        # A character has four bytes at most; a string that may be too long is for `canonical` to measure.
-        return lambda value: (
-            type(value) is str and (len(value) * 4 <= high or (value.isascii() and len(value) <= high))
-        )
+        # What is not ASCII is for `canonical`, which measures its UTF-8 and finds halves of surrogate pairs.
+        return lambda value: type(value) is str and value.isascii() and len(value) <= high
 
     def default(self) -> str:
         return ""

@@ -28,7 +28,7 @@ _MAX_ENTRIES: Final = 4096  #: fields of a struct, values of an enum
 _MAX_LIST: Final = 16_384  #: items; msgpack allocates what a list's head claims, 1024 levels deep
 _MAX_DEPTH: Final = 8  #: lists and structs inside each other
 
-_FILE_KEYS: Final = frozenset({"type", "version", "oldest", "doc", "field", "subsection"})
+_FILE_KEYS: Final = frozenset({"type", "version", "oldest", "written", "doc", "field", "subsection"})
 _KIND_KEYS: Final = frozenset({"type", "min", "max", "values", "item", "fields"})
 _FIELD_KEYS: Final = _KIND_KEYS | {"name", "since", "until", "default", "unit", "doc"}
 _SUBSECTION_KEYS: Final = frozenset({"name", "since", "until", "doc", "field"})
@@ -49,11 +49,12 @@ def parse(text: str, origin: str) -> Schema:
     name = source.name("", table, "type", TYPE_NAME)
     newest = source.number("", table, "version", 1, _MAX_VERSION)
     oldest = source.number("", table, "oldest", 1, newest, absent=1)
+    written = source.number("", table, "written", oldest, newest, absent=oldest)
     versions = {
         number: SchemaVersion(name, number, _VersionOf(source, number, oldest, newest).struct(table))
         for number in range(oldest, newest + 1)
     }
-    return Schema(name, source.text("", table, "doc"), versions)
+    return Schema(name, source.text("", table, "doc"), versions, written)
 
 
 class _Source:

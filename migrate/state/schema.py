@@ -98,13 +98,17 @@ class Schema:
     :ivar doc: what it is, in a sentence or two.
     :ivar versions: all of them, oldest first, without gaps.
     :ivar version: the newest.
+    :ivar written: the oldest that programs of today still write; older ones are read only.
     """
 
-    def __init__(self, type_name: str, doc: str, versions: Mapping[int, SchemaVersion]) -> None:
+    def __init__(
+        self, type_name: str, doc: str, versions: Mapping[int, SchemaVersion], written: int = 0
+    ) -> None:
         self.type = type_name
         self.doc = doc
         self.versions = tuple(sorted(versions))
         self.version = self.versions[-1]
+        self.written = written or self.versions[0]
         self._versions = dict(versions)
 
     def __repr__(self) -> str:

@@ -17,11 +17,18 @@ from migrate.state.steps import STEPS, Lost
 
 
 def convert(
-    schema: Schema, values: Mapping[str, object], from_version: int, to_version: int
+    schema: Schema,
+    values: Mapping[str, object],
+    from_version: int,
+    to_version: int,
+    *,
+    never_had: bool = False,
 ) -> dict[str, object]:
     """The state in that version; a state of this one where both are the same.
 
     :param values: a state that fits `from_version`.
+    :param never_had: whoever writes it plays the release of that version, which never had what came later: going down, that is
+        left out whatever it says.
     :raise BlobError: it would lose something that is needed, or a value does not fit; names what.
     :raise SchemaError: there is no such version.
     """
@@ -29,15 +36,14 @@ def convert(
     version = schema.at(from_version)
     schema.at(to_version)
     step = 1 if to_version > from_version else -1
-    for number in (
-        range(from_version + step, to_version + step, step) if step and from_version != to_version else ()
-    ):
-        state, version = _one_step(schema, state, version, schema.at(number)), schema.at(number)
+    while version.version != to_version:
+        target = schema.at(version.version + step)
+        state, version = _one_step(schema, state, version, target, never_had), target
     return state
 
 
 def _one_step(
-    schema: Schema, state: dict[str, object], version: SchemaVersion, target: SchemaVersion
+    schema: Schema, state: dict[str, object], version: SchemaVersion, target: SchemaVersion, never_had: bool
 ) -> dict[str, object]:
     known = {field.name: field for field in target.fields}
     before = {field.name: field for field in version.fields}
@@ -48,7 +54,7 @@ def _one_step(
         for name, field in known.items():
             if name not in made and not field.optional:
                 made[name] = field.kind.canonical(field.fallback)
-        if target.version < version.version:
+        if target.version < version.version and not never_had:
             for name, value in given.items():
                 if (
                     name in before

@@ -24,7 +24,7 @@ def test_an_incompatible_destination_refuses_with_both_reasons(played: DemoRun) 
     assert reasons.keys() == {"uart0", "display0"}
     assert len(last["reasons"]) == 2
     assert {reason["phase"] for reason in last["reasons"]} == {"preflight"}
-    assert re.search(r"version 2 .* version 1", reasons["uart0"]["reason"])
+    assert re.search(r"versions 2, 3 .* version 1", reasons["uart0"]["reason"])
     assert "display" in reasons["display0"]["reason"]
     assert all(reason["remedy"] for reason in last["reasons"])
 

@@ -55,7 +55,7 @@ def test_without_a_mode_it_runs_and_a_qemu_finds_it_under_both_names(machines):
             "RUNNING",
             2,
             (1, 2),
-            (2,),
+            (1, 2),
         )
         assert info.digest == catalog.load("counter", [machine.here]).at(2).digest
         assert info.tracker in ("scan", "log")

@@ -220,7 +220,7 @@ def test_of_several_blobs_one_is_chosen_by_its_id(capsys: pytest.CaptureFixture[
     code, _, err = ferry(capsys, "query", ".dll", GOLDEN)
     assert code == 2
     assert "choose one by --id" in err
-    assert ferry(capsys, "query", ".guest_ns", GOLDEN, "--id", "rtc0")[0] == 0
+    assert ferry(capsys, "query", ".gpr", GOLDEN, "--id", "vcpu0")[0] == 0
 
 
 def test_no_damage_leads_to_a_traceback_or_to_silence(

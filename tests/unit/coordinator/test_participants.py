@@ -60,7 +60,7 @@ def test_nothing_of_a_paused_machine_runs_because_it_is_moved() -> None:
             assert await state_of(parts) == "STOP_COPY"
             await stream(parts, Phase.PRECOPY)
             await supervisor.quiesce(JOB)
-            assert len(await parts.fingerprints()) == 1  # only what stands still has one
+            assert len(await parts.fingerprints({})) == 1  # only what stands still has one
             await supervisor.abort_outgoing(JOB, "why")
             assert supervisor.state is S.PAUSED
             # Out of that session: the next attempt begins one of its own, with all of the state in it.

@@ -382,14 +382,20 @@ def test_guest_time_is_the_true_time_since_the_first_start_over_any_number_of_ho
 U64 = st.integers(0, LAST)
 
 
+def needed_or_not_there(state: dict[str, object]) -> bool:
+    """No device sends high halves that are those of the time."""
+    return state["half_read"] != {"time_high": state["guest_ns"] >> 32, "mono_high": state["mono_ns"] >> 32}  # type: ignore[operator]
+
+
 @given(
     state=st.fixed_dictionaries(
         {
             **dict.fromkeys(("guest_ns", "mono_ns", "alarm_ns", "scratch"), U64),
-            **{name: st.booleans() for name in ("alarm_enabled", "irq_pending")},
-            **{name: st.integers(0, 2**32 - 1) for name in ("time_high", "mono_high")},
+            **{name: st.booleans() for name in ("alarm_enabled", "alarm_fired")},
+            "half_read": st.none()
+            | st.fixed_dictionaries(dict.fromkeys(("time_high", "mono_high"), st.integers(0, 2**32 - 1))),
         }
-    )
+    ).filter(needed_or_not_there)
 )
 def test_a_state_that_is_loaded_and_saved_before_running_gives_the_same_bytes(
     state: dict[str, object],

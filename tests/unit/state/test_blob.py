@@ -220,8 +220,8 @@ def test_a_blob_of_another_type_version_or_definition_is_refused_by_name() -> No
     with pytest.raises(BlobError, match="state of a rtc, not of a uart16550"):
         read(write(rtc.at(1), "rtc0", rtc.at(1).defaults()), uart)
     good = unpack(write(uart.at(2), "uart0", uart.at(2).defaults()))
-    with pytest.raises(BlobError, match="version 3; known here: 1, 2"):
-        read(pack(replace(good, version=3)), uart)
+    with pytest.raises(BlobError, match="version 4; known here: 1, 2, 3"):
+        read(pack(replace(good, version=4)), uart)
     with pytest.raises(BlobError, match="defined otherwise"):
         read(pack(replace(good, digest=bytes(32))), uart)
     with pytest.raises(BlobError) as caught:

@@ -24,7 +24,9 @@ def _no_schemas_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_types_of_vmferry_are_all_there_and_sorted() -> None:
     assert catalog.types() == sorted(path.stem for path in (ROOT / "schemas").glob("*.toml"))
     assert {"uart16550", "rtc", "display", "vcpu"} <= set(catalog.types())
-    assert catalog.load("uart16550").versions == (1, 2)
+    assert catalog.load("uart16550").versions == (1, 2, 3)
+    assert catalog.load("uart16550").written == 2
+    assert catalog.load("rtc").written == 1
 
 
 def test_a_type_of_ones_own_is_found_by_the_environment(

@@ -38,6 +38,7 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "accept": "what ssh runs on the other host for --to 'exec:ssh HOST ferry accept'",
         "blob": "look into saved state: show, dump, query, diff, verify, upgrade, redact",
         "schema": "what state devices have, in which versions; has a released one changed?",
+        "device": "can this device be moved? A conformance run against a process on a bus",
         "pki": "certificates for hosts: a private CA",
     }
 )

@@ -185,7 +185,7 @@ def test_a_machine_moves_by_the_words_of_the_readme(real_host: Host, base: Path)
         checked = ferry(real_host, "check", "web1", "--to", to)
         assert (checked.returncode, checked.stdout.splitlines()[-1]) == (
             0,
-            "[ OK ] uart0: uart16550 version 2",
+            "[ OK ] uart0: uart16550 version 3",
         ), checked
         done = ferry(real_host, "migrate", "web1", "--to", to, "--connections", "2", "--verify", "--json")
         assert done.returncode == 0, done.stderr

@@ -89,7 +89,7 @@ def test_a_machine_is_an_object_that_says_what_it_is(host: Daemon) -> None:
             "/",
         )
         [device] = machine.devices
-        assert (device["id"], device["type"], device["version"]) == ("uart0", "uart16550", 2)
+        assert (device["id"], device["type"], device["version"]) == ("uart0", "uart16550", 3)
         web1 = client.machine("web1")
         await web1.pause()
         assert (await web1.status()).state == "paused"

@@ -213,14 +213,18 @@ def older_vram(guest: Machine) -> None:
 def test_it_says_so_when_something_is_lost_and_goes_on(machine, damage, noticed):
     guest = machine(BUSY)
     guest.run_ticks(12)
-    damage(guest)
-    assert not corrupt(guest.said)
-    enough = len(ticks(guest.said)) + 1000
-    guest.run()
-    # Most shows within four ticks; a tile of the screen within 48; an alarm counts as lost after a second.
-    guest.listen(lambda said: noticed in reported(said) or len(ticks(said)) > enough)
-    guest.rest()
-    said = guest.run_ticks(3)
+    for _ in range(3):
+        # Where it stops is chance: between looking at a value and storing the next one, what is damaged is never looked at.
+        damage(guest)
+        assert not corrupt(guest.said)
+        enough = len(ticks(guest.said)) + 1000
+        guest.run()
+        # Most shows within four ticks; a tile of the screen within 48; an alarm counts as lost after a second.
+        guest.listen(lambda said, enough=enough: noticed in reported(said) or len(ticks(said)) > enough)
+        guest.rest()
+        said = guest.run_ticks(3)
+        if noticed in reported(said):
+            break
     assert noticed in reported(said)
     assert ticks(said) == list(range(1, len(ticks(said)) + 1))
 

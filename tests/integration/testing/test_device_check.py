@@ -140,7 +140,7 @@ def test_each_planted_fault_is_found_by_its_own_message(fault: str, found_by: st
 
 
 def test_a_helper_that_only_speaks_to_qemu_passes_and_is_opaque() -> None:
-    with processes([str(HERE / "helper.py"), "right", "--id", "h0"]) as address:
+    with processes(["-m", "migrate.testing.helper", "right", "--id", "h0"]) as address:
         code, findings, _ = check(address)
     assert code == 0
     assert of(findings, "FAIL") == {}
@@ -167,14 +167,14 @@ def test_a_helper_that_only_speaks_to_qemu_passes_and_is_opaque() -> None:
     ],
 )
 def test_what_a_helper_does_wrong_is_found_whoever_wrote_it(kind: str, found_by: str, verdict: str) -> None:
-    with processes([str(HERE / "helper.py"), kind, "--id", "h0"]) as address:
+    with processes(["-m", "migrate.testing.helper", kind, "--id", "h0"]) as address:
         code, findings, _ = check(address)
     assert found_by in of(findings, verdict), findings
     assert code == int(verdict == "FAIL")
 
 
 def test_two_with_one_id_are_both_named() -> None:
-    command = [str(HERE / "helper.py"), "right", "--id", "twin"]
+    command = ["-m", "migrate.testing.helper", "right", "--id", "twin"]
     with processes(command, command) as address:
         code, findings, _ = check(address)
     assert code == 1
@@ -182,8 +182,8 @@ def test_two_with_one_id_are_both_named() -> None:
 
 
 def test_one_device_of_several_is_chosen_by_its_id() -> None:
-    helper = str(HERE / "helper.py")
-    with processes([helper, "right", "--id", "good"], [helper, "refuse-save", "--id", "bad"]) as address:
+    helper = ["-m", "migrate.testing.helper"]
+    with processes([*helper, "right", "--id", "good"], [*helper, "refuse-save", "--id", "bad"]) as address:
         assert check(address, "--id", "good")[0] == 0
         assert check(address)[0] == 1
         code, findings, err = check(address, "--id", "other")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tests.fuzz import blobs
+from tests.fuzz import blobs, schemas, streams
 from tests.fuzz.mutate import inputs
 
 #: One input may take that long, s: these machines are shared.
@@ -26,6 +26,8 @@ class Target:
 TARGETS: Final[Mapping[str, Target]] = {
     "envelope": Target(blobs.envelope, blobs.corpus),
     "state": Target(blobs.state, blobs.corpus),
+    "schema": Target(schemas.schema, schemas.corpus),
+    "qemu-stream": Target(streams.stream, streams.corpus),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from migrate.cli.blob import drawing
-from migrate.cli.blob.source import Item, items, one
+from migrate.cli.blob.source import Given, Item, given, one
 from migrate.cli.output import Output
 from migrate.errors import BlobError, FerryError, SchemaError, UsageError
 from migrate.state import Schema, SchemaVersion, blob, catalog
@@ -27,12 +27,41 @@ def act(args: argparse.Namespace) -> int:
     return _ACTIONS[args.action](args, output)
 
 
+def _of_stream(found: Given, output: Output) -> bool:
+    """What a migration stream of QEMU has beside blobs. True: it could not be read to its end."""
+    if found.stream is None:
+        return False
+    output.event(drawing.stream_as_object(found.stream))
+    for line in drawing.stream(found.stream):
+        output.data(line)
+    return found.stream.complaint is not None
+
+
+def _opaque(item: Item, output: Output) -> bool:
+    """A helper's state that is no blob of ours is told, and no damage."""
+    if item.is_opaque:
+        output.event(
+            {
+                "event": "helper",
+                "name": item.name,
+                "instance": item.helper,
+                "bytes": len(item.data),
+                "opaque": True,
+            }
+        )
+        output.data(f"{item.name}: {item.helper!r}, opaque: {len(item.data)} bytes that are no vmferry blob")
+    return item.is_opaque
+
+
 # -- looking ------------------------------------------------------------------------------------------------------------------
 
 
 def _show(args: argparse.Namespace, output: Output) -> int:
-    broken = False
-    for item in items(args.what, args.id):
+    found = given(args.what, args.id)
+    broken = _of_stream(found, output)
+    for item in found.items:
+        if _opaque(item, output):
+            continue
         version, why = _version_of(item)
         parts = list(_parts(item, version))
         damage = [part for part in parts if part.what == "damage" or part.doc.find("WRONG") >= 0]
@@ -51,7 +80,8 @@ def _show(args: argparse.Namespace, output: Output) -> int:
 
 
 def _dump(args: argparse.Namespace, output: Output) -> int:
-    broken = False
+    found = given(args.what, args.id)
+    broken = _of_stream(found, output)
     first, last = _range(args.range)
     colour = args.colour == "always" or (
         args.colour == "auto"
@@ -59,7 +89,9 @@ def _dump(args: argparse.Namespace, output: Output) -> int:
         and os.environ.get("TERM") != "dumb"
         and "NO_COLOR" not in os.environ
     )
-    for item in items(args.what, args.id):
+    for item in found.items:
+        if _opaque(item, output):
+            continue
         version, why = _version_of(item)
         output.data(f"{item.name}:" + (f" ({why})" if why else ""))
         seen: list[Part] = []
@@ -83,22 +115,25 @@ def _dump(args: argparse.Namespace, output: Output) -> int:
 
 
 def _info(args: argparse.Namespace, output: Output) -> int:
-    broken = False
-    for item in items(args.what, args.id):
-        found = {
+    found = given(args.what, args.id)
+    broken = _of_stream(found, output)
+    for item in found.items:
+        if _opaque(item, output):
+            continue
+        said = {
             part.path.removeprefix("envelope."): part.value
             for part in walk(item.data[:400], None)
             if part.what == "envelope"
         }
         facts = {
-            "type": found.get("type"), "instance": found.get("instance"), "schema version": found.get("schema_version"),
-            "schema digest": _hex(found.get("schema_digest")), "envelope version": found.get("version"),
-            "payload": found.get("payload_size"), "bytes": len(item.data),
+            "type": said.get("type"), "instance": said.get("instance"), "schema version": said.get("schema_version"),
+            "schema digest": _hex(said.get("schema_digest")), "envelope version": said.get("version"),
+            "payload": said.get("payload_size"), "bytes": len(item.data),
         }  # fmt: skip
         known = ""
         try:
             blob.header_of(bytes(item.data[:400]))
-            known = _digest_says(str(found["type"]), found["schema_version"], found["schema_digest"])
+            known = _digest_says(str(said["type"]), said["schema_version"], said["schema_digest"])
         except (FerryError, KeyError) as error:
             broken = True
             known = error.reason if isinstance(error, FerryError) else "the blob ends within its header"
@@ -154,8 +189,11 @@ def _diff(args: argparse.Namespace, output: Output) -> int:
 
 
 def _verify(args: argparse.Namespace, output: Output) -> int:
-    broken = False
-    for item in items(args.what, args.id):
+    found = given(args.what, args.id)
+    broken = _of_stream(found, output)
+    for item in found.items:
+        if _opaque(item, output):
+            continue
         try:
             version, _, instance = _read(item)
         except FerryError as error:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from migrate.qemu.stream import StreamSummary
 from migrate.state.walk import Part
 
 #: Bytes in one row, and what a value may take of a line.
@@ -136,3 +137,43 @@ def table(pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         yield f"{name:{width}}  {value}"
+
+
+def stream(found: StreamSummary) -> Iterator[str]:
+    """A migration stream of QEMU in a few lines, then its sections."""
+    yield f"a migration stream of QEMU, machine type {found.machine or 'not told'}"
+    for section in found.sections:
+        version = f" version {section.version}" if section.kind in ("start", "full") else ""
+        what = f"{section.kind} {section.name}" + (
+            f" instance {section.instance}" if section.instance else ""
+        )
+        yield f"  [{section.offset}..{section.offset + section.size}] {what}{version}, {section.size} bytes"
+    if found.ram is not None:
+        blocks = ", ".join(f"{name} {size} bytes" for name, size in found.ram.blocks)
+        yield f"  memory: {blocks}"
+        yield f"  pages sent: {found.ram.pages_full} with {found.ram.bytes} bytes, {found.ram.pages_zero} of zeros"
+    devices = (found.vmdesc or {}).get("devices")
+    yield (
+        f"  description of {len(devices)} devices"
+        if isinstance(devices, list)
+        else "  no description of its devices"
+    )
+    if found.complaint is not None:
+        yield f"  at byte {found.stopped_at}: {found.complaint}"
+
+
+def stream_as_object(found: StreamSummary) -> dict[str, Any]:
+    return {
+        "event": "stream", "machine": found.machine, "complaint": found.complaint, "stopped_at": found.stopped_at,
+        "sections": [
+            {"kind": one.kind, "id": one.section_id, "name": one.name, "instance": one.instance, "version": one.version,
+             "offset": one.offset, "size": one.size}
+            for one in found.sections
+        ],
+        "ram": None if found.ram is None else {
+            "blocks": [{"name": name, "bytes": size} for name, size in found.ram.blocks],
+            "pages_zero": found.ram.pages_zero, "pages_full": found.ram.pages_full, "bytes": found.ram.bytes,
+        },
+        "helpers": [{"id": one.id, "offset": one.offset, "bytes": len(one.data)} for one in found.helpers],
+        "vmdesc": found.vmdesc,
+    }  # fmt: skip

@@ -5,16 +5,20 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from migrate.errors import UsageError
-from migrate.state.blob import MAX_BLOB
+from migrate.qemu.stream import MAGIC as QEMU_MAGIC
+from migrate.qemu.stream import StreamSummary, is_stream, read
+from migrate.state.blob import MAGIC, MAX_BLOB
 
-#: The first bytes of QEMU's migration stream (docs/qemu-stream.md).
-QEMU_MAGIC: Final = b"QEVM"
+#: What is taken of a stream on standard input; it is kept in a file while it is read.
+MAX_STREAM: Final = 4 << 30
+_CHUNK: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,51 +27,66 @@ class Item:
 
     name: str  #: where it was found
     data: memoryview
+    #: Of a helper in a stream: its Id, which need not be one of our devices'.
+    helper: str = ""
+
+    @property
+    def is_opaque(self) -> bool:
+        """A helper's state that is no blob of ours: nothing is wrong with that."""
+        return bool(self.helper) and bytes(self.data[: len(MAGIC)]) != MAGIC
 
 
-def items(what: str, wanted: str = "") -> Sequence[Item]:
+@dataclass(frozen=True, slots=True)
+class Given:
+    items: Sequence[Item]
+    stream: StreamSummary | None = None  #: where they were found in a migration stream of QEMU
+
+
+def given(what: str, wanted: str = "") -> Given:
     """:param wanted: only the device of this Id. :raise UsageError: there is nothing."""
-    found = _items(what)
-    if wanted:
-        found = [item for item in found if _instance(item.data) == wanted]
-    if not found:
+    found = _found(what)
+    chosen = [item for item in found.items if not wanted or wanted in (item.helper, _instance(item.data))]
+    if not chosen and (wanted or found.stream is None):
         raise UsageError(
             f"{what} has no blob" + (f" of a device {wanted!r}" if wanted else ""),
             remedy="name a blob, or a directory that has *.blob files in it",
         )
-    return found
+    return Given(chosen, found.stream)
 
 
 def one(what: str, wanted: str = "") -> Item:
     """:raise UsageError: there is none, or several."""
-    found = items(what, wanted)
+    found = given(what, wanted).items
+    if not found:
+        raise UsageError(f"{what} has no blob in it", remedy="see `ferry blob show` for what is there")
     if len(found) > 1:
-        names = ", ".join(_instance(item.data) or item.name for item in found)
+        names = ", ".join(item.helper or _instance(item.data) or item.name for item in found)
         raise UsageError(f"{what} has {len(found)} blobs: {names}"[:400], remedy="choose one by --id")
     return found[0]
 
 
-def _items(what: str) -> list[Item]:
+def _found(what: str) -> Given:
     if what == "-":
-        return _of("standard input", _stdin())
+        return _stdin()
     path = Path(what)
     try:
         if path.is_dir():
-            return [Item(str(entry), _file(entry)) for entry in sorted(path.glob("*.blob"))]
-        return _of(what, _file(path))
+            return Given([Item(str(entry), _file(entry)) for entry in sorted(path.glob("*.blob"))])
+        data = _file(path)
+        if not is_stream(bytes(data[: len(QEMU_MAGIC)])):
+            return Given([Item(what, data)])
+        with path.open("rb") as file:
+            return _stream(what, file)
     except OSError as error:
         raise UsageError(
             f"{what} cannot be read: {error.strerror}", remedy="name a file that may be read"
         ) from None
 
 
-def _of(name: str, data: memoryview) -> list[Item]:
-    if bytes(data[: len(QEMU_MAGIC)]) == QEMU_MAGIC:
-        raise UsageError(
-            f"{name} is a migration stream of QEMU, which this release does not read",
-            remedy="give the blobs that devices saved",
-        )
-    return [Item(name, data)]
+def _stream(name: str, file: BinaryIO) -> Given:
+    summary = read(file)
+    helpers = [Item(f"{name}, byte {one.offset}", memoryview(one.data), one.id) for one in summary.helpers]
+    return Given(helpers, summary)
 
 
 def _file(path: Path) -> memoryview:
@@ -78,13 +97,27 @@ def _file(path: Path) -> memoryview:
             return memoryview(b"")
         return memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
     except (ValueError, OSError):  # a pipe or a device: no size, no mapping
-        return memoryview(_bounded(os.fdopen(os.dup(fd), "rb").read(MAX_BLOB + 1), str(path)))
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return memoryview(_bounded(file.read(MAX_BLOB + 1), str(path)))
     finally:
         os.close(fd)
 
 
-def _stdin() -> memoryview:
-    return memoryview(_bounded(sys.stdin.buffer.read(MAX_BLOB + 1), "standard input"))
+def _stdin() -> Given:
+    source, name = sys.stdin.buffer, "standard input"
+    head = source.read(_CHUNK)
+    if not is_stream(head):
+        data = _bounded(head + source.read(max(0, MAX_BLOB + 1 - len(head))), name)
+        return Given([Item(name, memoryview(data))])
+    with tempfile.TemporaryFile() as file:
+        while head:
+            if file.tell() + len(head) > MAX_STREAM:
+                raise UsageError(
+                    f"the stream has more than {MAX_STREAM >> 30} GiB", remedy="save it to a file first"
+                )
+            file.write(head)
+            head = source.read(_CHUNK)
+        return _stream(name, file)
 
 
 def _bounded(data: bytes, name: str) -> bytes:

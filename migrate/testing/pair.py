@@ -8,15 +8,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from migrate.bus import Bus, DeviceClient, PrivateBus, discover
 from migrate.errors import DeviceGone, FerryError, Phase
 from migrate.memory.addresses import GuestAddress
 from migrate.memory.region import GuestMemory, RegionSpec
 
+T = TypeVar("T")
 #: How long a process may take to be on its bus, s.
 PATIENCE: Final = 20.0
 DEVICE: Final = "dev0"
@@ -90,8 +91,35 @@ class Side:
         self.memory.close()
 
 
+class Pair:
+    """A device's process that runs (`source`) and a fresh one that waits (`target`), for tests that are no coroutines."""
+
+    def __init__(self, command: Sequence[str], memory: int = 4 << 20) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._stack = contextlib.AsyncExitStack()
+        try:
+            self.source, self.target = self.run(self._start(command, memory))
+        except BaseException:
+            self.close()
+            raise
+
+    async def _start(self, command: Sequence[str], memory: int) -> tuple[Side, Side]:
+        source, target = await self._stack.enter_async_context(sides(2, memory))
+        await source.start(command, environment={})
+        await target.start(command, "--incoming", environment={})
+        return source, target
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for one of a side's calls: `pair.run(pair.source.client.save_as(1))`."""
+        return self._loop.run_until_complete(work)
+
+    def close(self) -> None:
+        self.run(self._stack.aclose())
+        self._loop.close()
+
+
 @contextlib.asynccontextmanager
-async def sides(count: int, memory: int):  # type: ignore[no-untyped-def]
+async def sides(count: int, memory: int) -> AsyncIterator[list[Side]]:
     """So many, not started; nothing is left of them afterwards."""
     base = Path(tempfile.mkdtemp(prefix="vf-", dir="/tmp"))  # a short path: sockets lie in it
     made = [Side(base / str(number), memory) for number in range(count)]

@@ -3,8 +3,8 @@
     def test_it_survives_a_migration(assert_migratable):
         assert_migratable(["python3", "my_device.py"], registers=[Read(0), Read(8)])
 
-`assert_migratable` (migratable.py), `private_bus` (a bus of the test's own: its address), `guest_memory` (sealed memory of so many
-bytes), `faulty_helper` (faults.py). docs/how-to-test-a-device.md shows them.
+`assert_migratable` (migratable.py), `device_pair` (pair.py), `private_bus` (a bus of the test's own: its address), `guest_memory`
+(sealed memory of so many bytes), `faulty_helper` (faults.py). docs/how-to-test-a-device.md shows them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from migrate.memory.region import GuestMemory
+    from migrate.testing.pair import Pair
 
 
 @pytest.fixture
@@ -48,6 +49,22 @@ def private_bus() -> Iterator[str]:
         loop.run_until_complete(bus.stop())
         loop.close()
         shutil.rmtree(directory)
+
+
+@pytest.fixture
+def device_pair() -> Iterator[Callable[[Sequence[str]], Pair]]:
+    """Starts a device's process and a fresh one that waits for its state; they go with the test."""
+    from migrate.testing.pair import Pair
+
+    made: list[Pair] = []
+
+    def make(command: Sequence[str]) -> Pair:
+        made.append(Pair(command))
+        return made[-1]
+
+    yield make
+    for pair in made:
+        pair.close()
 
 
 @pytest.fixture

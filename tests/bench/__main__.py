@@ -19,6 +19,7 @@ BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "disk": disk.run,
     "shuttle": shuttle.run,
     "state": state.run,
+    "dump": state.run_dump,
 }
 
 

@@ -7,13 +7,16 @@ for one state, without the envelope.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgpack
 
-from migrate.state import SchemaVersion, catalog
+from migrate.state import SchemaVersion, blob, catalog
 from migrate.state.parse import parse
 from tests.bench.figures import Figure, Scale
 
@@ -32,6 +35,32 @@ def run(scale: Scale) -> Iterator[Figure]:
         yield from _both(name, version, values, scale)
     for case, registers, fifo in (("10 KB", 200, 4096), ("1 MiB", 16000, 1 << 19)):
         yield from _both(case, *_made(registers, fifo), scale)
+
+
+def run_dump(scale: Scale) -> Iterator[Figure]:
+    """`ferry blob dump` of a blob whose payload is one value of bytes: how fast, and how much memory it takes beyond Python's."""
+    size = (1 if scale.quick else 64) << 20
+    made = blob.pack(blob.Blob("uart16550", "big0", 1, bytes(32), b""))
+    head = made[:48] + (size + 8).to_bytes(4, "big") + made[52:-4]
+    with tempfile.NamedTemporaryFile(suffix=".blob") as file:
+        file.write(head + b"\x81\xa1a\xc6" + size.to_bytes(4, "big"))
+        for _ in range(size >> 20):
+            file.write(bytes(range(256)) * 4096)
+        file.flush()
+        program = (
+            "import resource, sys\nfrom migrate.cli.main import main\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nmain(['blob', 'dump', sys.argv[1]])\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, file=sys.stderr)"
+        )
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", program, file.name], cwd=GOLDEN.parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, check=False,
+        )  # fmt: skip
+        took = time.perf_counter() - began
+    grown = int(done.stderr.split()[-1]) / 1024
+    yield Figure("dump", f"{size >> 20} MiB", "MB/s", [size / took / 1e6])
+    yield Figure("dump", f"{size >> 20} MiB: memory, the mapped file itself among it", "MiB", [grown])
 
 
 def _made(registers: int, fifo: int) -> tuple[SchemaVersion, dict[str, object]]:

@@ -19,7 +19,10 @@ from migrate.state.query import find
 from migrate.state.redact import redact
 from migrate.state.walk import Part, walk
 
-Values = Mapping[str, object]
+#: More than the envelope's head needs, bytes.
+_HEAD: Final = 400
+#: Values that one object of --json has at the most; no schema of ours has as many.
+MAX_VALUES: Final = 100_000
 
 
 def act(args: argparse.Namespace) -> int:
@@ -63,55 +66,64 @@ def _show(args: argparse.Namespace, output: Output) -> int:
         if _opaque(item, output):
             continue
         version, why = _version_of(item)
-        parts = list(_parts(item, version))
-        damage = [part for part in parts if part.what == "damage" or part.doc.find("WRONG") >= 0]
+        damage: list[Part] = []
+        parts = _watched(item, version, damage)
+        if output.json:
+            output.event(_as_event(item, parts, damage))
+        else:
+            said = _envelope(item)
+            whose = (
+                f"{said['type']} {said['instance']!r}, schema version {said['schema_version']}"
+                if "instance" in said
+                else "no blob"
+            )
+            output.data(f"{item.name}: {whose}")
+            if why:
+                output.data(f"  ({why}: without it, names and values are shown as they stand there)")
+            output.bulk(f"  {line}" for line in drawing.tree(parts))
         broken |= bool(damage)
-        output.event(_as_event(item, parts, damage))
-        head = _head(parts)
-        output.data(f"{item.name}: {head or 'no blob'}")
-        if why:
-            output.data(f"  ({why}: without it, names and values are shown as they stand there)")
-        for line in drawing.tree(iter(parts)):
-            output.data(f"  {line}")
-        for part in damage:
-            if part.what != "damage":
-                output.data(f"  at byte {part.offset}: {part.doc}")
     return _end(output, broken)
+
+
+def _watched(item: Item, version: SchemaVersion | None, damage: list[Part]) -> Iterator[Part]:
+    """The parts as they come: a blob may have more than memory has room for. What is wrong is also put into `damage`."""
+    for part in walk(item.data, version):
+        if part.what == "damage" or "WRONG" in part.doc:
+            damage.append(part)
+        yield part
+
+
+def _envelope(item: Item) -> dict[str, object]:
+    parts = walk(item.data[:_HEAD], None)
+    return {part.path.removeprefix("envelope."): part.value for part in parts if part.what == "envelope"}
 
 
 def _dump(args: argparse.Namespace, output: Output) -> int:
     found = given(args.what, args.id)
     broken = _of_stream(found, output)
     first, last = _range(args.range)
-    colour = args.colour == "always" or (
-        args.colour == "auto"
-        and sys.stdout.isatty()
-        and os.environ.get("TERM") != "dumb"
-        and "NO_COLOR" not in os.environ
-    )
+    colour = args.colour == "always" or (args.colour == "auto" and _coloured())
     for item in found.items:
         if _opaque(item, output):
             continue
         version, why = _version_of(item)
         output.data(f"{item.name}:" + (f" ({why})" if why else ""))
-        seen: list[Part] = []
-
-        def watched(
-            item: Item = item, version: SchemaVersion | None = version, seen: list[Part] = seen
-        ) -> Iterator[Part]:
-            for part in _parts(item, version):
-                if part.what == "damage" or "WRONG" in part.doc:
-                    seen.append(part)
-                output.event(
-                    {"event": "part", "offset": part.offset, "length": part.length, "path": part.path, "what": part.what,
-                     "value": drawing.plain(part.value) if part.length < 4096 else None, "unit": part.unit, "doc": part.doc}
-                )  # fmt: skip
-                yield part
-
-        lines = drawing.rows(watched(), item.data, first, min(last, len(item.data)), colour=colour)
-        output.bulk(lines)
-        broken |= bool(seen)
+        damage: list[Part] = []
+        parts = _told(_watched(item, version, damage), output)
+        output.bulk(drawing.rows(parts, item.data, first, min(last, len(item.data)), colour=colour))
+        broken |= bool(damage)
     return _end(output, broken)
+
+
+def _told(parts: Iterator[Part], output: Output) -> Iterator[Part]:
+    for part in parts:
+        if output.json:
+            output.event(drawing.part_as_object(part))
+        yield part
+
+
+def _coloured() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
 
 
 def _info(args: argparse.Namespace, output: Output) -> int:
@@ -120,11 +132,7 @@ def _info(args: argparse.Namespace, output: Output) -> int:
     for item in found.items:
         if _opaque(item, output):
             continue
-        said = {
-            part.path.removeprefix("envelope."): part.value
-            for part in walk(item.data[:400], None)
-            if part.what == "envelope"
-        }
+        said = _envelope(item)
         facts = {
             "type": said.get("type"), "instance": said.get("instance"), "schema version": said.get("schema_version"),
             "schema digest": _hex(said.get("schema_digest")), "envelope version": said.get("version"),
@@ -132,7 +140,7 @@ def _info(args: argparse.Namespace, output: Output) -> int:
         }  # fmt: skip
         known = ""
         try:
-            blob.header_of(bytes(item.data[:400]))
+            blob.header_of(bytes(item.data[:_HEAD]))
             known = _digest_says(str(said["type"]), said["schema_version"], said["schema_digest"])
         except (FerryError, KeyError) as error:
             broken = True
@@ -260,7 +268,7 @@ def _write(where: str, data: bytes) -> None:
 def _read(item: Item) -> tuple[SchemaVersion, dict[str, object], str]:
     """:raise BlobError, SchemaError: it is not whole and right; the text says where it was found."""
     try:
-        header = blob.header_of(bytes(item.data[:400]))
+        header = blob.header_of(bytes(item.data[:_HEAD]))
         if len(item.data) > blob.MAX_BLOB:
             raise BlobError(
                 f"it has {len(item.data)} bytes, and no blob has more than {blob.MAX_BLOB}",
@@ -276,7 +284,7 @@ def _read(item: Item) -> tuple[SchemaVersion, dict[str, object], str]:
 def _version_of(item: Item) -> tuple[SchemaVersion | None, str]:
     """The schema version that a blob names, if it is the one that is known here; else why there is none."""
     try:
-        header = blob.header_of(bytes(item.data[:400]))
+        header = blob.header_of(bytes(item.data[:_HEAD]))
         schema: Schema = catalog.load(header.type)
         version = schema.at(header.version)
     except FerryError as error:
@@ -286,27 +294,26 @@ def _version_of(item: Item) -> tuple[SchemaVersion | None, str]:
     return version, ""
 
 
-def _parts(item: Item, version: SchemaVersion | None) -> Iterator[Part]:
-    return walk(item.data, version)
-
-
-def _head(parts: list[Part]) -> str:
-    found = {part.path: part.value for part in parts if part.what == "envelope"}
-    if "envelope.instance" not in found:
-        return ""
-    return f"{found['envelope.type']} {found['envelope.instance']!r}, schema version {found['envelope.schema_version']}"
-
-
-def _as_event(item: Item, parts: list[Part], damage: list[Part]) -> dict[str, object]:
-    values = [
-        {"path": part.path, "value": drawing.plain(part.value), "unit": part.unit, "doc": part.doc}
-        for part in parts
-        if part.is_value
-    ]
-    found = {part.path.removeprefix("envelope."): part.value for part in parts if part.what == "envelope"}
+def _as_event(item: Item, parts: Iterator[Part], damage: list[Part]) -> dict[str, object]:
+    values: list[dict[str, object]] = []
+    left_out = 0
+    for part in parts:
+        if part.is_value:
+            if len(values) < MAX_VALUES:
+                values.append(
+                    {
+                        "path": part.path,
+                        "value": drawing.plain(part.value),
+                        "unit": part.unit,
+                        "doc": part.doc,
+                    }
+                )
+            else:
+                left_out += 1
+    said = _envelope(item)
     return {
-        "event": "blob", "name": item.name, "type": found.get("type"), "instance": found.get("instance"),
-        "version": found.get("schema_version"), "values": values,
+        "event": "blob", "name": item.name, "type": said.get("type"), "instance": said.get("instance"),
+        "version": said.get("schema_version"), "values": values, "left_out": left_out,
         "damage": [{"offset": part.offset, "why": part.value if part.what == "damage" else part.doc} for part in damage],
     }  # fmt: skip
 

@@ -64,7 +64,9 @@ def alone(value: object) -> str:
 def tree(parts: Iterator[Part]) -> Iterator[str]:
     """A line a value."""
     for part in parts:
-        if part.what == "damage":
+        if part.what == "checksum" and "WRONG" in part.doc:
+            yield f"at byte {part.offset}: {part.doc}"
+        elif part.what == "damage":
             yield f"at byte {part.offset}: {part.value}" + (
                 f"; {part.length} bytes are not shown" if part.length else ""
             )
@@ -98,6 +100,14 @@ def rows(parts: Iterator[Part], data: memoryview, first: int, last: int, *, colo
             pad = " " * (ROW * 3 - 3 * len(piece) + 1)
             note = _painted(what, _OF_PART.get(part.what, ""), colour) if at == begin else ""
             yield f"{at:0{digits}x}  {shown}{pad} {note}".rstrip()
+
+
+def part_as_object(part: Part) -> dict[str, Any]:
+    """Values that are long are left to whoever has the blob: offset and length are there."""
+    return {
+        "event": "part", "offset": part.offset, "length": part.length, "path": part.path, "what": part.what,
+        "value": plain(part.value) if part.length < 4096 else None, "unit": part.unit, "doc": part.doc,
+    }  # fmt: skip
 
 
 def _annotation(part: Part) -> str:

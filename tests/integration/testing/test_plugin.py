@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+# Before any test: pytester puts sys.modules back as they were, and NumPy is imported once a process or not at all.
 from migrate.testing.faults import FAULTS
+from tests.integration.testing.test_assert_migratable import PLANTED
 
 HEAVY = {
     "numpy",
@@ -46,8 +48,6 @@ def test_its_fixtures_are_there_without_an_import(pytester: pytest.Pytester) -> 
 
 
 def test_a_device_that_forgets_fails_a_test_of_its_author(pytester: pytest.Pytester) -> None:
-    from tests.integration.testing.test_assert_migratable import PLANTED
-
     pytester.makepyfile(
         f"""
         import sys
@@ -71,3 +71,15 @@ def test_a_device_that_forgets_fails_a_test_of_its_author(pytester: pytest.Pytes
 def test_every_helper_is_on_the_bus_until_the_test_ends(fault: str, faulty_helper) -> None:  # type: ignore[no-untyped-def]
     process = faulty_helper("h0", fault)
     assert process.poll() is None
+
+
+def test_a_pair_of_processes_hands_a_state_over(device_pair) -> None:  # type: ignore[no-untyped-def]
+    pair = device_pair([sys.executable, "-m", "devices.uart16550"])
+    source, target = pair.source.client, pair.target.client
+    for state in ("RUNNING_P2P", "STOP"):
+        pair.run(source.set_state(state))
+    data = pair.run(source.save_as(3))
+    pair.run(target.stage(data))
+    pair.run(target.apply())
+    assert pair.run(target.set_state("STOP")) == "STOP"
+    assert pair.run(target.save_as(3)) == data

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -235,3 +237,21 @@ def test_no_damage_leads_to_a_traceback_or_to_silence(
             assert out or err
         if number > 150:
             break
+
+
+def test_a_blob_of_very_many_values_or_bytes_is_shown_and_dumped_without_being_held(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = blob.unpack(UART.read_bytes())
+    many = b"\x81\xa1a\xdd" + (1 << 16).to_bytes(4, "big") + bytes(1 << 16)  # a list of zeros
+    big = b"\x81\xa1a\xc6" + (1 << 20).to_bytes(4, "big") + bytes(1 << 20)
+    for payload, action in ((many, "show"), (big, "dump")):
+        path = spoilt(tmp_path, blob.pack(Blob("frobnicator", "f0", 1, made.digest, payload)))
+        with open(os.devnull, "w") as nowhere:
+            monkeypatch.setattr(sys, "stdout", nowhere)
+            tracemalloc.start()
+            assert main(["blob", action, str(path)]) == 0
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            monkeypatch.undo()
+        assert peak < 2 << 20, action

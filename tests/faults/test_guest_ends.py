@@ -82,7 +82,7 @@ def test_a_device_that_hangs_at_the_destination_is_named_and_the_source_runs_on(
     trail.check()
 
 
-@pytest.mark.parametrize("device", ["uart0", "rtc0"])
+@pytest.mark.parametrize("device", ["rtc0"])
 def test_a_device_that_hangs_at_the_source_is_named_and_the_machine_runs_nowhere_else(
     here: Pair, device: str
 ) -> None:

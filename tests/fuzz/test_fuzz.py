@@ -8,7 +8,7 @@ import pytest
 
 from tests.fuzz.run import TARGETS, Finding, Target, fuzz
 
-SECONDS = 4.0
+SECONDS = 2.5
 
 
 @pytest.mark.parametrize("name", TARGETS)

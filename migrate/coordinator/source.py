@@ -39,6 +39,7 @@ from migrate.errors import (
     Reason,
     RemoteProtocolError,
     TransportError,
+    UsageError,
 )
 from migrate.memory import CompareTracker, DirtyBitmap, GuestMemory
 from migrate.protocol import messages as m
@@ -435,7 +436,9 @@ class SourceMigration:
             self._finish("guest-ended", "neither", error.exit_code)
         else:
             refused = isinstance(error, IncompatibleError)
-            self._finish("refused" if refused else "aborted", "source", error.exit_code)
+            # Wrong words are the user's only before anything has begun.
+            code = 1 if self._begun and error.exit_code == UsageError.exit_code else error.exit_code
+            self._finish("refused" if refused else "aborted", "source", code)
         await self._say(m.Abort(tuple(reasons)))
         if self._begun and self._parts is not None and not isinstance(error, GuestEnded):
             try:

@@ -107,7 +107,13 @@ class MachineProcess:
         self.roster = Roster(machine, self.host, self._died)
         await self.roster.start(self.bus, self.private_bus.address, self.memory, incoming=spec.incoming)
         self.supervisor = Supervisor(
-            machine, self.roster, self.memory, self.ledger, changed=self._changed, watch=self._watch
+            machine,
+            self.roster,
+            self.memory,
+            self.ledger,
+            changed=self._changed,
+            watch=self._watch,
+            ping=self._ping,
         )
         await self._serve(self.bus, self.supervisor)
         self._keeper = asyncio.create_task(self._keep_bus(self.roster, self.supervisor))
@@ -146,6 +152,10 @@ class MachineProcess:
     def _watch(self, name: str, gone: Callable[[], None]) -> Callable[[], None]:
         assert self.bus is not None
         return self.bus.watch_name(name, gone)
+
+    async def _ping(self, name: str, seconds: float) -> None:
+        assert self.bus is not None
+        await self.bus.call(name, "/", "org.freedesktop.DBus.Peer", "Ping", timeout=seconds)
 
     def _died(self, child: Child) -> None:
         if self.supervisor is not None:

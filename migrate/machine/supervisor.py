@@ -19,6 +19,7 @@ from migrate.machine.config import VCPU_ID, MachineConfig
 from migrate.machine.ledger import Entry, Ledger, heard_of
 from migrate.machine.roster import Roster
 from migrate.machine.states import HAS_RUN, MACHINE, REMEDIES, Job, MachineState
+from migrate.machine.vigil import Ping, logged, silent
 from migrate.memory import GuestMemory
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,10 @@ class Supervisor:
         *,
         changed: Callable[[str, str], None],
         watch: Callable[[str, Callable[[], None]], Callable[[], None]],
+        ping: Ping,
     ) -> None:
         """:param changed: told (state, detail) at every change. :param watch: calls back when a bus name vanishes; answers
-        with what stops the watch."""
+        with what stops the watch. :param ping: see vigil.py."""
         self.machine = machine
         self.roster = roster
         self.memory = memory
@@ -59,7 +61,7 @@ class Supervisor:
         self.job: Job | None = None
         self.ended = asyncio.Event()
         self._changed = changed
-        self._watch = watch
+        self._watch, self._ping = watch, ping
         self._unwatch: Callable[[], None] | None = None
         self._lock = asyncio.Lock()
         self._stopped_at: int | None = None  #: monotonic ns of the first participant's stop
@@ -93,7 +95,7 @@ class Supervisor:
 
     def _require_job(self, name: str, *states: MachineState) -> Job:
         if self.job is None or self.job.name != name:
-            raise UsageError(f"job {name} is not this machine's", remedy="see `ferry list`")
+            raise UsageError(f"job {name} is not this machine's, or not any more", remedy="see `ferry list`")
         self._require(*states)
         return self.job
 
@@ -163,6 +165,7 @@ class Supervisor:
                 await self._end_outgoing("a participant did not stop")
                 raise
             self._enter(S.STOPPED)
+            self._background(self._watch_over(found))
             return {"began_ns": began, "total_ns": times.total_ns, "devices": times.devices, "paused": False}
 
     async def abort_outgoing(self, job: str, reasons: str) -> None:
@@ -426,14 +429,17 @@ class Supervisor:
         if self.job is not None:
             self._background(self._coordinator_gone(self.job.coordinator))
 
-    async def _coordinator_gone(self, coordinator: str) -> None:
+    async def _watch_over(self, job: Job) -> None:
+        if await silent(job.coordinator, self._ping, lambda: self.job is job and self.state is S.STOPPED):
+            await self._coordinator_gone(job.coordinator, "does not answer")
+
+    async def _coordinator_gone(self, coordinator: str, how: str = "died") -> None:
         async with self._lock:
             job = self.job
             if job is None or job.coordinator != coordinator:
                 return
-            reason = Reason(
-                None, str(Phase.STOP), "the coordinator of the migration died", "start the migration again"
-            )
+            what = f"the coordinator of the migration {how}"
+            reason = Reason(None, str(Phase.STOP), what, "start the migration again")
             if self.state in (S.OUTGOING, S.STOPPED):
                 await self._end_outgoing(json.dumps([reason.to_wire()]))
             elif self.state is S.INCOMING:
@@ -487,13 +493,6 @@ class Supervisor:
                 self._enter(S.ENDED, POWERED_OFF)
 
     def _background(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(_logged(work))
+        task: asyncio.Task[None] = asyncio.ensure_future(logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _logged(work: object) -> None:
-    try:
-        await work  # type: ignore[misc]
-    except FerryError as error:
-        log.error("event=background error=%s", error)

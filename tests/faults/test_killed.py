@@ -106,6 +106,27 @@ def test_the_destinations_coordinator_dies_before_commit_and_the_source_runs_on(
     goes_on(b, a, trail)
 
 
+def test_a_coordinator_that_hangs_while_the_machine_stands_still_is_given_up_and_does_no_harm_when_it_wakes(
+    here: Pair,
+) -> None:
+    a, b = here
+    trail = Trail(a, b)
+    migrating, job = migrate(a, b, "--hold", "stopped")
+    migrating.until("held", at="stopped")
+    pid = the_one(a, "migrate.coordinator", "source")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        a.becomes("running")  # nobody asked: the supervisor has noticed
+        a.ticks_on()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    a.proceed()
+    said = migrating.end()
+    assert (said.code, said.outcome["running_on"]) == (1, "source"), said
+    assert b.outcome_of(job)["running_on"] != "destination"
+    goes_on(a, b, trail)
+
+
 def test_the_sources_coordinator_dies_between_commit_and_its_sending_and_the_daemon_asks(here: Pair) -> None:
     a, b = here
     trail = Trail(a, b)

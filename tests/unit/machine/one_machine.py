@@ -117,7 +117,11 @@ class OneMachine:
             self.ledger,
             changed=lambda state, detail: self.changes.append((state, detail)),
             watch=self._watch,
+            ping=self._ping,
         )
+
+    async def _ping(self, name: str, seconds: float) -> None:
+        """The coordinators of these tests live until they are said to be gone."""
 
     def _watch(self, name: str, gone: Callable[[], None]) -> Callable[[], None]:
         self.watched[name] = gone

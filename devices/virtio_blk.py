@@ -7,7 +7,6 @@ image is opened when the process starts, and locked from entering RUNNING_P2P un
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, Final
 from devices.kit import Device, RegionInfo, main
 from devices.virtio import blk, function
 from devices.virtio.backing import Image
+from devices.virtio.options import number, serial_of, switch
 from devices.virtio.pci import VirtioPci
 from devices.virtio.runner import QueueRunner
 from migrate.bus import Disk
@@ -57,18 +57,13 @@ class VirtioBlk(Device):
     }
 
     def setup(self, options: Mapping[str, str]) -> None:
-        queues = _number(options, "queues", DEFAULT_QUEUES, MAX_QUEUES)
-        serial = options.get("serial", self.id[: blk.ID_BYTES])
-        if not re.fullmatch(rf"[ -~]{{0,{blk.ID_BYTES}}}", serial):
-            raise UsageError(
-                f"serial={serial[:40]!r} is not at most {blk.ID_BYTES} characters of ASCII",
-                remedy="choose another",
-            )
+        queues = number(options, "queues", DEFAULT_QUEUES, MAX_QUEUES)
+        serial = serial_of(options, self.id, blk.ID_BYTES)
         if "image" not in options:
             raise UsageError(
                 "a virtio-blk needs an image", remedy='write image = "disk0.img" in machine.toml'
             )
-        self.image = Image(options["image"], read_only=_switch(options, "read_only"))
+        self.image = Image(options["image"], read_only=switch(options, "read_only"))
         self.core = blk.BlockCore(self.image, self.memory, serial.encode(), queues)
         self.features = self.core.features
         self.function = VirtioPci(
@@ -81,7 +76,7 @@ class VirtioBlk(Device):
             vectors=VECTORS,
             fire=lambda vector: self.irq(vector).raise_(),
         )
-        self.runners = [self._runner(number) for number in range(queues)]
+        self.runners = [self._runner(ring) for ring in range(queues)]
         #: Between leave_p2p and enter_p2p.
         self._active = False
 
@@ -223,22 +218,6 @@ class VirtioBlk(Device):
     def load(self, state: Mapping[str, Any]) -> None:
         self.function.load(state)
         self.core.negotiated = self.function.features
-
-
-def _number(options: Mapping[str, str], key: str, otherwise: int, most: int) -> int:
-    text = options.get(key, str(otherwise))
-    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= most:
-        raise UsageError(
-            f"{key}={text} is not a number from 1 to {most}", remedy=f"leave it out for {otherwise}"
-        )
-    return int(text)
-
-
-def _switch(options: Mapping[str, str], key: str) -> bool:
-    text = options.get(key, "off")
-    if text not in ("on", "off"):
-        raise UsageError(f"{key}={text} is neither on nor off", remedy=f"write {key}=on or leave it out")
-    return text == "on"
 
 
 if __name__ == "__main__":

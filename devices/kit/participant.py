@@ -104,6 +104,10 @@ class Participant:
     def release_locks(self) -> None:
         """The machine is stopped and may go on elsewhere: let go of the locks on back-end files."""
 
+    def not_serving(self) -> str:
+        """While RUNNING: why what the VMM has asked of it by now is not done yet; "" when all is."""
+        return ""
+
     def finish(self, outcome: str) -> None:
         """The migration ended: "completed" or "aborted"."""
 

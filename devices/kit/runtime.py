@@ -318,6 +318,13 @@ class Runtime:
             with self._blame("release_locks", Phase.COMMIT):
                 self.participant.release_locks()
 
+    def serving(self) -> None:
+        """:raise DeviceRefused: it does not do yet what its VMM has asked for."""
+        with self.participant.lock:
+            why = self.participant.not_serving()
+        if why:
+            raise self._refused(why, "see its log", Phase.RESUME)
+
     # -- the end --------------------------------------------------------------------------------------------------------------
 
     def finish(self, outcome: str) -> None:

@@ -160,5 +160,8 @@ class Service:
     async def release_locks(self) -> None:
         await self._run(self._runtime.release_locks)
 
+    async def serving(self) -> None:
+        await self._run(self._runtime.serving)
+
     async def finish(self, outcome: str) -> None:
         await self._run(self._runtime.finish, outcome)

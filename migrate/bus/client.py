@@ -38,6 +38,7 @@ DEADLINES: Final[Mapping[str, float]] = MappingProxyType(
         "StreamWrite": 10.0,
         "Fingerprint": 30.0,  # reads the whole state, streamed part included
         "ReleaseLocks": 5.0,
+        "Serving": 5.0,
         "Finish": 5.0,
     }
 )
@@ -226,6 +227,10 @@ class DeviceClient:
     async def release_locks(self, *, timeout: float | None = None, phase: Phase | str | None = None) -> None:
         """Let go of the locks on its back-end files; it is stopped."""
         await self._device("ReleaseLocks", "", (), "", timeout, phase)
+
+    async def serving(self, *, timeout: float | None = None, phase: Phase | str | None = None) -> None:
+        """:raise DeviceRefused: what its VMM has asked of it by now is not done yet; ask again."""
+        await self._device("Serving", "", (), "", timeout, phase)
 
     async def finish(
         self, outcome: str, *, timeout: float | None = None, phase: Phase | str | None = None

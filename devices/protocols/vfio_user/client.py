@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn, Self
 
-from devices.protocols.vfio_user.channel import READ_LARGE, READ_SIZE, check_path, receive
+from devices.protocols.channel import READ_LARGE, READ_SIZE, check_path, receive
 from devices.protocols.vfio_user.framing import Assembler, Message
 from devices.protocols.vfio_user.messages import (
     ACCESS,

@@ -10,18 +10,15 @@ import contextlib
 import logging
 import os
 import socket
-import stat
 import threading
 
-from devices.protocols.vfio_user.channel import READ_LARGE, READ_SIZE, check_path, peer_uid, receive
+from devices.protocols.channel import READ_LARGE, READ_SIZE, check_path, peer_uid, receive
+from devices.protocols.listening import listen
 from devices.protocols.vfio_user.framing import Assembler, FramingError
 from devices.protocols.vfio_user.messages import error_reply
 from devices.protocols.vfio_user.session import Backend, Session
-from migrate.errors import Phase, UsageError
 
 log = logging.getLogger(__name__)
-
-_BACKLOG = 4
 
 
 class Server:
@@ -31,7 +28,7 @@ class Server:
         """:raise UsageError: no socket can be made at `path`, or another process serves there."""
         self.path = check_path(path)
         self._backend = backend
-        self._listener = _listen(path)
+        self._listener = listen(path)
         self._inode = os.stat(path).st_ino
         self._connection: socket.socket | None = None
         self._closing = False
@@ -103,40 +100,3 @@ class Server:
         finally:
             assembler.close()
             session.close()
-
-
-def _listen(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # The mode of the descriptor becomes the mode of the file: nobody else may connect, from its first moment on.
-        os.fchmod(listener.fileno(), 0o600)
-        _remove_stale(path)
-        listener.bind(path)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise UsageError(
-            f"no socket can be made at {path}: {error.strerror}",
-            remedy="give --socket a path in a directory that exists and is yours",
-            phase=Phase.SETUP,
-        ) from error
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    """Removes a socket that a dead process left; a living one's is an error."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise UsageError(f"{path} exists and is no socket", remedy="give --socket another path")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise UsageError(f"another process serves {path}", remedy="end it, or give --socket another path")

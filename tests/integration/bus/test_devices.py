@@ -89,6 +89,9 @@ class Lamp:
     async def fingerprint(self, version: int) -> bytes:
         return self.schema_digest
 
+    async def serving(self) -> None:
+        self.asked.append("serving")
+
     async def release_locks(self) -> None:
         self.asked.append("release locks")
 
@@ -179,6 +182,7 @@ def test_every_method_reaches_the_device_and_its_answer_comes_back(on_bus: OnBus
         chunk, size, remaining = await client.stream_read(4096)
         assert (os.pread(chunk, 10, 0), size, remaining) == (b"abc", 3, 1 << 33)
         await client.stream_write(ours, 6)
+        await client.serving()
         await client.release_locks()
         await client.finish("aborted")
         assert lamp.asked == [
@@ -191,6 +195,7 @@ def test_every_method_reaches_the_device_and_its_answer_comes_back(on_bus: OnBus
             ("stage", b"staged"),
             "apply",
             ("write", b"memory", 6),
+            "serving",
             "release locks",
             "aborted",
         ]

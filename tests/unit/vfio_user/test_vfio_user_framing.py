@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devices.protocols.vfio_user.channel import receive
+from devices.protocols.channel import receive
 from devices.protocols.vfio_user.framing import Assembler, FramingError
 from devices.protocols.vfio_user.messages import HEADER, HEADER_SIZE, MAX_FDS, MAX_MESSAGE, message
 

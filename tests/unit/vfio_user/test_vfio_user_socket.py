@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from vfio_user_backend import MemoryBackend, open_descriptors
 
+from devices.protocols.channel import receive
 from devices.protocols.vfio_user import messages as m
 from devices.protocols.vfio_user import version as v
-from devices.protocols.vfio_user.channel import receive
 from devices.protocols.vfio_user.client import Client, RequestRefused
 from devices.protocols.vfio_user.server import Server
 from migrate.errors import DeviceGone, DeviceRefused, DeviceTimeout, UsageError

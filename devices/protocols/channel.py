@@ -1,4 +1,4 @@
-"""Reading from a vfio-user socket: bytes with the descriptors that came along. Used by the server and the client."""
+"""Reading from a VMM's socket: bytes with the descriptors that came along. Used by servers and clients of every protocol here."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import socket
 import struct
 
-from devices.protocols.vfio_user.messages import MAX_FDS
 from migrate.errors import Phase, UsageError
 
+#: Most descriptors in one message that any of our protocols accepts.
+MAX_FDS = 8
 _INT = array.array("i").itemsize
 #: Room for one descriptor more than a message may have, so that too many are seen.
 _ANCILLARY = socket.CMSG_SPACE((MAX_FDS + 1) * _INT)

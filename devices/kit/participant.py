@@ -25,6 +25,7 @@ from migrate.memory import prove
 from migrate.state.lifecycle import DeviceState
 
 if TYPE_CHECKING:
+    from migrate.bus import Bus
     from migrate.memory.region import Region
     from migrate.memory.tracker import Tracker
 
@@ -110,6 +111,9 @@ class Participant:
 
     def finish(self, outcome: str) -> None:
         """The migration ended: "completed" or "aborted"."""
+
+    def on_bus(self, bus: Bus) -> None:
+        """The process is on a bus, at first or again, and not yet found there: more can be exported. In the event loop."""
 
     def close(self) -> None:
         """The process is about to end."""

@@ -149,6 +149,7 @@ async def _follow_bus(service: Service, address: str) -> None:
         try:
             bus = await Bus.connect(address)
             bus.export(PATH, *interfaces)
+            service.on_bus(bus)
             for name in service.names:
                 await bus.request_name(name, queue=True)
             gc.freeze()  # no collection walks what is there by now, least of all while the machine stands still

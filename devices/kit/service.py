@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from devices.kit.runtime import Runtime
+from migrate.bus import Bus
 from migrate.bus.device import DEVICE, MAX_BLOB, VMSTATE, Disk
 from migrate.state.blob import MAX_BLOB as MAX_ENVELOPE
 from migrate.state.schema import MAX_PAYLOAD
@@ -74,6 +75,9 @@ class Service:
             not self._runtime.streams and self._runtime.format.version.max_size + _ENVELOPE <= MAX_BLOB
         )
         return (DEVICE, VMSTATE) if fits_qemu else (DEVICE,)
+
+    def on_bus(self, bus: Bus) -> None:
+        self._runtime.participant.on_bus(bus)
 
     @property
     def id(self) -> str:

@@ -15,12 +15,15 @@ from migrate.machine.config import (
     VCPU_ID,
     DeviceConfig,
     MachineConfig,
+    QemuConfig,
     RegionConfig,
     check_regions,
 )
 from migrate.protocol import messages as m
 from migrate.state import versions
 
+#: The schema of a QEMU as a machine's vCPU.
+QEMU_TYPE = "qemu"
 #: What the two sides can do beyond the first version of the protocol; empty so far.
 FEATURES: tuple[str, ...] = ()
 
@@ -102,12 +105,19 @@ def stopped(number: int, sent: Sent, blobs: dict[str, bytes]) -> m.Stopped:
 # -- the destination's side ------------------------------------------------------------------------------------------------
 
 
+def is_qemu(manifest: m.Manifest) -> bool:
+    return any(entry.id == VCPU_ID and entry.type == QEMU_TYPE for entry in manifest.devices)
+
+
 def incoming_config(
-    manifest: m.Manifest, available: Sequence[str], images: Mapping[str, dict[str, str]]
+    manifest: m.Manifest,
+    available: Sequence[str],
+    images: Mapping[str, dict[str, str]],
+    qemu: QemuConfig | None = None,
 ) -> MachineConfig:
     """The machine that a manifest describes, with those participants that this host offers. Nothing of the peer's is a path.
 
-    :param images: by device and option, where this host has them.
+    :param images: by device and option, where this host has them. :param qemu: how this host starts its QEMU, if it is one.
 
     :raises UsageError: if it is no machine: the peer is hostile until it has proved otherwise.
     """
@@ -115,7 +125,7 @@ def incoming_config(
     if not NAME.fullmatch(manifest.machine):
         raise UsageError(f"{where}: {manifest.machine[:40]!r} is not a machine's name")
     regions = [RegionConfig(region.gpa, region.size) for region in manifest.regions]
-    check_regions(regions, where)
+    check_regions(regions, where, qemu=qemu is not None)
     devices = []
     vcpu = False
     for entry in manifest.devices:
@@ -144,7 +154,8 @@ def incoming_config(
             )
     if len({entry.id for entry in manifest.devices}) != len(manifest.devices):
         raise UsageError(f"{where}: two devices have one id")
-    return MachineConfig(manifest.machine, sorted(regions, key=lambda region: region.gpa), devices, vcpu=vcpu)
+    regions.sort(key=lambda region: region.gpa)
+    return MachineConfig(manifest.machine, regions, devices, vcpu=vcpu, qemu=qemu)
 
 
 def check_memory(manifest: m.Manifest, free_bytes: int) -> list[Reason]:

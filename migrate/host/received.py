@@ -36,11 +36,12 @@ def machine_of(raw: object, host: HostConfig) -> MachineConfig:
     if not isinstance(devices, list) or len(devices) > MAX_DEVICES:
         raise _bad(f"has no list of at most {MAX_DEVICES} devices")
     memory = [RegionConfig(_number(item, "gpa"), _number(item, "size")) for item in regions]
-    check_regions(memory, _WHERE)
+    qemu = host.qemu_of(str(raw["name"])) if raw.get("qemu") else None
+    check_regions(memory, _WHERE, qemu=qemu is not None)
     members = [_device(item, host) for item in devices]
     if len({member.id for member in members}) != len(members):
         raise _bad("has two devices with one id")
-    return MachineConfig(str(raw["name"]), memory, members, vcpu=raw.get("vcpu") is True)
+    return MachineConfig(str(raw["name"]), memory, members, vcpu=raw.get("vcpu") is True, qemu=qemu)
 
 
 def _device(raw: object, host: HostConfig) -> DeviceConfig:

@@ -27,6 +27,7 @@ WINDOW_BASE: Final = 0xD000_0000
 WINDOW_SIZE: Final = 0x0100_0000
 MAX_DEVICES: Final = 40
 MAX_MEMORY: Final = WINDOW_BASE
+MAX_QEMU_MEMORY: Final = 16 << 40
 VCPU_ID: Final = "vcpu0"
 TRACKERS: Final = ("scan", "log", "compare")
 
@@ -54,6 +55,16 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QemuConfig:
+    """The VMM is QEMU: started by `command`, or found running at its monitor `qmp`. None of it travels."""
+
+    command: Sequence[str] = ()
+    qmp: str = ""
+    bus: str = ""  #: of an adopted machine: where its devices' processes are
+    state: str = "ferry"  #: "ferry": devices' states go by the coordinator; "qemu": by QEMU's dbus-vmstate
+
+
+@dataclass(frozen=True, slots=True)
 class MachineConfig:
     name: str
     regions: Sequence[RegionConfig]
@@ -62,6 +73,7 @@ class MachineConfig:
     cmdline: str = ""
     vcpu: bool = True
     vcpu_tracker: str = ""
+    qemu: QemuConfig | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -75,6 +87,7 @@ class MachineConfig:
         raw = json.loads(text)
         raw["regions"] = [RegionConfig(**item) for item in raw["regions"]]
         raw["devices"] = [DeviceConfig(**item) for item in raw["devices"]]
+        raw["qemu"] = QemuConfig(**raw["qemu"]) if raw.get("qemu") else None
         return cls(**raw)
 
 
@@ -162,18 +175,19 @@ def check_keys(raw: Mapping[str, Any], where: str, known: Sequence[str]) -> None
 
 def parse(raw: Mapping[str, Any], where: str, base: Path) -> MachineConfig:
     """:param base: what relative paths in the file are relative to."""
-    check_keys(raw, where, ("machine", "memory", "vcpu", "device"))
+    check_keys(raw, where, ("machine", "memory", "vcpu", "qemu", "device"))
     machine = _Table(raw.get("machine", {}), f"{where}: [machine]", ("name", "memory"))
     name = machine.text("name")
     if not NAME.fullmatch(name):
         raise UsageError(
             f"{where}: the name {name!r} is not one", remedy="letters, digits, '_', '.' and '-', at most 63"
         )
-    regions = _regions(raw, machine, where)
+    qemu = _qemu(raw, where)
+    regions = _regions(raw, machine, where, qemu)
     vcpu = _Table(raw.get("vcpu", {}), f"{where}: [vcpu]", ("guest", "cmdline", "tracker"))
     guest = vcpu.text("guest", "")
     devices = [
-        _device(item, f"{where}: [[device]] number {number}", number, base)
+        _device(item, f"{where}: [[device]] number {number}", number, base, qemu)
         for number, item in enumerate(_tables(raw, "device", where), 1)
     ]
     _check_devices(devices, where)
@@ -183,9 +197,34 @@ def parse(raw: Mapping[str, Any], where: str, base: Path) -> MachineConfig:
         devices=devices,
         guest=str((base / guest).resolve()) if guest else "",
         cmdline=vcpu.text("cmdline", ""),
-        vcpu="vcpu" in raw,
+        vcpu="vcpu" in raw or qemu is not None,
         vcpu_tracker=vcpu.choice("tracker", TRACKERS, ""),
+        qemu=qemu,
     )
+
+
+def _qemu(raw: Mapping[str, Any], where: str) -> QemuConfig | None:
+    if "qemu" not in raw:
+        return None
+    if "vcpu" in raw:
+        raise UsageError(f"{where}: both [vcpu] and [qemu]", remedy="keep the one that is its VMM")
+    return qemu_table(raw["qemu"], f"{where}: [qemu]")
+
+
+def qemu_table(raw: object, where: str) -> QemuConfig:
+    """`command` and `state`, as machine.toml and host.toml have them. :raises UsageError:"""
+    table = _Table(raw, where, ("command", "state"))
+    return QemuConfig(
+        command=words(table.raw.get("command"), f"{where}: command"),
+        state=table.choice("state", ("ferry", "qemu"), "ferry"),
+    )
+
+
+def words(value: object, where: str) -> tuple[str, ...]:
+    """A command as a list of texts, not empty. :raises UsageError:"""
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) for word in value):
+        raise UsageError(f"{where} is not a list of texts", remedy='write command = ["program", "word", …]')
+    return tuple(value)
 
 
 def _tables(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
@@ -197,7 +236,9 @@ def _tables(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
     return value
 
 
-def _regions(raw: Mapping[str, Any], machine: _Table, where: str) -> list[RegionConfig]:
+def _regions(
+    raw: Mapping[str, Any], machine: _Table, where: str, qemu: QemuConfig | None
+) -> list[RegionConfig]:
     listed = raw.get("memory")
     if listed is None:
         regions = [RegionConfig(0, parse_size(machine.raw.get("memory", "256M"), f"{where}: memory"))]
@@ -210,13 +251,18 @@ def _regions(raw: Mapping[str, Any], machine: _Table, where: str) -> list[Region
             regions.append(
                 RegionConfig(table.number("gpa") or 0, parse_size(table.raw.get("size"), table.where))
             )
-    check_regions(regions, where)
+    check_regions(regions, where, qemu=qemu is not None)
     return sorted(regions, key=lambda region: region.gpa)
 
 
-def check_regions(regions: Sequence[RegionConfig], where: str) -> None:
-    """:raises UsageError: unless there is memory, in whole pages, that overlaps neither itself nor the devices' windows."""
+def check_regions(regions: Sequence[RegionConfig], where: str, *, qemu: bool = False) -> None:
+    """:param qemu: the memory is one region, which QEMU places in the guest's address space as it likes.
+    :raises UsageError: unless there is memory, in whole pages, that overlaps neither itself nor the devices' windows."""
     end = 0
+    if qemu and (len(regions) != 1 or regions[0].gpa or not 0 < regions[0].size <= MAX_QEMU_MEMORY):
+        raise UsageError(
+            f"{where}: the memory of a QEMU guest is one size", remedy='write memory = "1G" under [machine]'
+        )
     if not regions:
         raise UsageError(f"{where}: no memory", remedy='write memory = "256M" under [machine]')
     for region in sorted(regions, key=lambda region: region.gpa):
@@ -229,14 +275,14 @@ def check_regions(regions: Sequence[RegionConfig], where: str) -> None:
                 f"{where}: the region at {region.gpa:#x} overlaps the one before it", remedy="move it"
             )
         end = region.gpa + region.size
-    if end > MAX_MEMORY:
+    if end > MAX_MEMORY and not qemu:
         raise UsageError(
             f"{where}: memory reaches {end:#x}, where devices' windows begin at {MAX_MEMORY:#x}",
             remedy="the embedded machine has at most 3.25 GiB",
         )
 
 
-def _device(raw: object, where: str, number: int, base: Path) -> DeviceConfig:
+def _device(raw: object, where: str, number: int, base: Path, qemu: QemuConfig | None = None) -> DeviceConfig:
     local = ("output", "input", "image")
     table = _Table(
         raw, where, ("id", "type", "protocol", "command", "tracker", "irq", "vectors", "options", *local)
@@ -254,7 +300,7 @@ def _device(raw: object, where: str, number: int, base: Path) -> DeviceConfig:
     return DeviceConfig(
         id=table.text("id"),
         type=table.text("type"),
-        protocol=table.choice("protocol", ("vfio-user",), "vfio-user"),
+        protocol=_protocol(table, qemu),
         gpa=WINDOW_BASE + (number - 1) * WINDOW_SIZE,
         irq=number if irq is None else irq,
         vectors=1 if vectors is None else vectors,
@@ -263,6 +309,19 @@ def _device(raw: object, where: str, number: int, base: Path) -> DeviceConfig:
         local={key: str((base / table.text(key)).resolve()) for key in local if key in table.raw},
         command=tuple(command),
     )
+
+
+def _protocol(table: _Table, qemu: QemuConfig | None) -> str:
+    """What speaks to the device: by default what its type and the machine's VMM have in common."""
+    if qemu is None:
+        return table.choice("protocol", ("vfio-user",), "vfio-user")
+    if table.raw.get("protocol") == "vfio-user":
+        raise UsageError(
+            f"{table.where}: QEMU does not migrate with devices behind vfio-user",
+            remedy="use vhost-user-blk or vhost-user-net, or the embedded VMM ([vcpu])",
+        )
+    default = "vhost-user" if table.text("type").startswith("vhost-user-") else "none"
+    return table.choice("protocol", ("vhost-user", "none"), default)
 
 
 def _check_devices(devices: Sequence[DeviceConfig], where: str) -> None:

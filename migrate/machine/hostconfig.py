@@ -5,6 +5,9 @@
     [device.display]
     available = false                                                        # this host does not have it
 
+    [qemu.web1]
+    command = ["qemu-system-x86_64", "-machine", "q35", …]                   # how QEMU is started when web1 arrives here
+
     images = ["/srv/images"]    # where the images of machines that arrive are looked up, by file name
 
 A type that is not named is looked up among the installed ones (entry points of the group `vmferry.devices`).
@@ -21,7 +24,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from migrate.errors import UsageError
-from migrate.machine.config import check_keys, nearest
+from migrate.machine.config import QemuConfig, check_keys, nearest, qemu_table
 
 #: Longest directory that leaves room for the names of sockets (107 bytes in all).
 MAX_DIRECTORY = 60
@@ -40,6 +43,16 @@ class HostConfig:
     directory: Path
     devices: Mapping[str, DeviceOffer] = field(default_factory=dict)
     images: Sequence[Path] = ()
+    qemu: Mapping[str, QemuConfig] = field(default_factory=dict)
+
+    def qemu_of(self, name: str) -> QemuConfig:
+        """How the QEMU of a machine that arrives is started. :raises UsageError: if nobody has said."""
+        if name not in self.qemu:
+            raise UsageError(
+                f"this host does not know how to start the QEMU of {name!r}{nearest(name, sorted(self.qemu))}",
+                remedy=f"add [qemu.{name}] with command = […] to {self.directory / 'host.toml'}",
+            )
+        return self.qemu[name]
 
     def image(self, name: str) -> Path:
         """Where the image of that file name is on this host. A name, never a path, comes over the wire.
@@ -94,7 +107,7 @@ def load(directory: Path) -> HostConfig:
         return HostConfig(directory)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}", remedy="mend it") from None
-    check_keys(raw, str(path), ("device", "images"))
+    check_keys(raw, str(path), ("device", "qemu", "images"))
     devices = {}
     offers = raw.get("device", {})
     if not isinstance(offers, Mapping):
@@ -121,4 +134,10 @@ def load(directory: Path) -> HostConfig:
         raise UsageError(
             f"{path}: images is not a list of absolute paths", remedy='write images = ["/srv/images"]'
         )
-    return HostConfig(directory, devices, tuple(Path(item) for item in images))
+    machines = raw.get("qemu", {})
+    if not isinstance(machines, Mapping):
+        raise UsageError(
+            f"{path}: qemu is not a table", remedy="write [qemu.MACHINE] before each machine's keys"
+        )
+    qemu = {name: qemu_table(table, f"{path}: [qemu.{name}]") for name, table in machines.items()}
+    return HostConfig(directory, devices, tuple(Path(item) for item in images), qemu)

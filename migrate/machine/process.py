@@ -170,7 +170,7 @@ class MachineProcess:
         if self.bus is not None:
             await self.bus.close()
         await self.private_bus.stop()
-        for leftover in [*self.directory.glob("d*.sock"), self.directory / "platform.json"]:
+        for leftover in [*self.directory.glob("*.sock"), self.directory / "platform.json"]:
             leftover.unlink(missing_ok=True)
         if self.memory is not None:
             self.memory.close()

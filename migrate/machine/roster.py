@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 #: How long a participant may take to appear on the bus, s. Importing NumPy and Unicorn on a loaded host takes seconds.
 APPEAR_SECONDS = 30.0
 POLL_SECONDS = 0.02
+#: How long a back end may take to do what its VMM has asked for when the machine resumes, s.
+SERVED_SECONDS = 5.0
+SERVED_POLL_SECONDS = 0.002
 
 
 @dataclass(slots=True)
@@ -74,26 +77,35 @@ class Roster:
                 device.id, command, self.directory / f"{device.id}.log", self._on_death
             )
         await self.find(bus)
+        # QEMU has the memory of its guest to itself, and gives it to those that it drives.
+        takers = [self.vcpu] if self.machine.qemu and self.vcpu else self.participants.values()
         for region in memory.regions:
             await self._each(
-                self.participants.values(),
+                takers,
                 lambda p, r=region: p.client.attach_memory(r.gpa, r.size, r.fd, r.offset),  # type: ignore[misc]
             )
 
     def configs(self) -> list[DeviceConfig]:
         """Every participant's configuration, the vCPU last."""
-        vcpu = [DeviceConfig(VCPU_ID, "vcpu", protocol="none", tracker=self.machine.vcpu_tracker)]
+        kind, protocol = ("qemu", "qmp") if self.machine.qemu else ("vcpu", "none")
+        vcpu = [DeviceConfig(VCPU_ID, kind, protocol=protocol, tracker=self.machine.vcpu_tracker)]
         return [*self.machine.devices, *(vcpu if self.machine.vcpu else [])]
 
     def _arguments(self, device: DeviceConfig, address: str) -> list[str]:
         words = ["--id", device.id, "--bus", address]
         if device.id == VCPU_ID:
             path = self.directory / "platform.json"
-            path.write_text(json.dumps(self._platform()))
+            path.write_text(json.dumps(self._qemu(address) if self.machine.qemu else self._platform()))
             words += ["--platform", str(path)]
         else:
-            words += ["--socket", str(self.socket_of(device))]
-            for key, value in [*device.options.items(), *self._local(device).items()]:
+            ours: dict[str, str] = {}
+            if device.protocol == "vhost-user":
+                ours = {"vhost_user": self.socket_of(device)}
+                if "image" in device.local:
+                    ours["lock"] = "machine"
+            elif device.protocol != "none":
+                words += ["--socket", self.socket_of(device)]
+            for key, value in [*device.options.items(), *self._local(device).items(), *ours.items()]:
                 words += ["--option", f"{key}={value}"]
         if device.tracker:
             words += ["--tracker", device.tracker]
@@ -118,6 +130,26 @@ class Roster:
             ],
             "guest": self.machine.guest or None,
             "cmdline": self.machine.cmdline,
+        }
+
+    def _qemu(self, address: str) -> dict[str, object]:
+        """As devices.bridges.qemu reads it."""
+        qemu = self.machine.qemu
+        assert qemu is not None
+        return {
+            "command": list(qemu.command),
+            "qmp": qemu.qmp,
+            "bus": address,
+            "state": qemu.state,
+            "devices": [
+                {
+                    "id": d.id,
+                    "type": d.type,
+                    "socket": self.socket_of(d) if d.protocol == "vhost-user" else "",
+                    "options": dict(d.options),
+                }
+                for d in self.machine.devices
+            ],
         }
 
     async def find(self, bus: Bus) -> None:
@@ -214,8 +246,28 @@ class Roster:
         await self._move(self.devices(), lambda _: DeviceState.RUNNING, times, Phase.RESUME, stopped_ns)
         if self.vcpu is not None:
             await self._move([self.vcpu], lambda _: DeviceState.RUNNING, times, Phase.RESUME, stopped_ns)
+        await self._served()
         times.total_ns = time.monotonic_ns() - start
         return times
+
+    async def _served(self) -> None:
+        """Wait until back ends that a VMM starts by messages of its own do what it asked for: it does not wait for that.
+
+        :raises DeviceError: naming the one that does not, with its reason.
+        """
+        deadline = time.monotonic() + SERVED_SECONDS
+
+        async def one(p: Participant) -> None:
+            while True:
+                try:
+                    await p.client.serving(phase=Phase.RESUME)
+                    return
+                except DeviceRefused:
+                    if time.monotonic() > deadline:
+                        raise
+                await asyncio.sleep(SERVED_POLL_SECONDS)
+
+        await self._each((p for p in self.devices() if p.config.protocol == "vhost-user"), one)
 
     async def resume(self, stopped_ns: int) -> None:
         await self.prepare(stopped_ns)
@@ -224,7 +276,8 @@ class Roster:
     async def release_locks(self) -> None:
         """Let go of the locks on back-end files; entering RUNNING_P2P takes them again."""
         await self._each(
-            (p for p in self.all() if p.info.disks), lambda p: p.client.release_locks(phase=Phase.COMMIT)
+            (p for p in self.all() if p.info.disks or p.config.type == "qemu"),
+            lambda p: p.client.release_locks(phase=Phase.COMMIT),
         )
 
     async def halt(self) -> None:

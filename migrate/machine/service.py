@@ -82,6 +82,7 @@ def description(it: Supervisor) -> dict[str, object]:
         "state": str(it.state),
         "detail": it.detail,
         "regions": [{"gpa": region.gpa, "size": region.size} for region in it.memory.regions],
+        "qemu": it.machine.qemu.state if it.machine.qemu is not None else None,
         "devices": [
             {
                 "id": p.config.id,

@@ -27,11 +27,9 @@ log = logging.getLogger(__name__)
 #: How long a READY copy without a connection is kept, s: it may be the only copy, and an operator needs time. A new manifest of the
 #: machine, a question of its source, or `ferry stop --force` ends it sooner; each writes ABORTED first, which is always safe.
 HOLD_SECONDS = 86400.0
-#: How often a committed machine that does not start is tried again, s.
-RETRY_SECONDS = 1.0
+RETRY_SECONDS = 1.0  #: how often a committed machine that does not start is tried again
 
-#: What `Changed` says when the guest has switched the machine off.
-POWERED_OFF = "the guest powered off"
+POWERED_OFF = "the guest powered off"  #: what `Changed` says then
 
 S = MachineState
 
@@ -144,6 +142,8 @@ class Supervisor:
             self.job = made
             self._follow(coordinator)
             self._enter(S.OUTGOING, f"to {peer}")
+            if self.machine.qemu:  # it stops its guest by itself, before anybody asks for that here
+                self._background(self._watch_over(made))
             return made.epoch
 
     async def peer_is(self, job: str, incarnation: str) -> None:
@@ -165,7 +165,8 @@ class Supervisor:
                 await self._end_outgoing("a participant did not stop")
                 raise
             self._enter(S.STOPPED)
-            self._background(self._watch_over(found))
+            if not self.machine.qemu:
+                self._background(self._watch_over(found))
             return {"began_ns": began, "total_ns": times.total_ns, "devices": times.devices, "paused": False}
 
     async def abort_outgoing(self, job: str, reasons: str) -> None:
@@ -430,7 +431,8 @@ class Supervisor:
             self._background(self._coordinator_gone(self.job.coordinator))
 
     async def _watch_over(self, job: Job) -> None:
-        if await silent(job.coordinator, self._ping, lambda: self.job is job and self.state is S.STOPPED):
+        watched = {S.STOPPED, S.OUTGOING} if self.machine.qemu else {S.STOPPED}
+        if await silent(job.coordinator, self._ping, lambda: self.job is job and self.state in watched):
             await self._coordinator_gone(job.coordinator, "does not answer")
 
     async def _coordinator_gone(self, coordinator: str, how: str = "died") -> None:

@@ -1,0 +1,105 @@
+"""QEMU's command line: what machine.toml says, with our monitor, memory, and the devices whose back ends are processes of ours.
+
+What is added has ids that begin with `ferry-`, so that it cannot meet what the user wrote. `{dir}` in the user's words is the
+machine's directory on this host.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from migrate.errors import Phase, UsageError
+
+#: Device types that QEMU drives by vhost-user, and the words of `-device` and `-netdev` that make it do so.
+BLK: Final = "vhost-user-blk"
+NET: Final = "vhost-user-net"
+#: What would take QEMU's place or keep it from us.
+FORBIDDEN: Final = ("-daemonize", "-incoming", "-S", "-qmp", "-monitor")
+_BACKEND: Final = "ferry-ram"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEntry:
+    """A device of the machine; `socket` is where its vhost-user back end listens, "" for one that QEMU does not drive."""
+
+    id: str
+    type: str
+    socket: str
+    options: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """platform.json, as the supervisor writes it: what QEMU is started with, or where the monitor of a running one is."""
+
+    command: tuple[str, ...]
+    qmp: str
+    bus: str
+    state: str  #: "ferry", or "qemu": device state goes by QEMU's dbus-vmstate
+    devices: tuple[DeviceEntry, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Platform:
+        raw: dict[str, Any] = json.loads(path.read_text())
+        devices = [
+            DeviceEntry(item["id"], item["type"], item["socket"], dict(item["options"]))
+            for item in raw["devices"]
+        ]
+        return cls(tuple(raw["command"]), raw["qmp"], raw["bus"], raw["state"], tuple(devices))
+
+    @property
+    def driven(self) -> list[DeviceEntry]:
+        """Those that QEMU drives."""
+        return [device for device in self.devices if device.socket]
+
+
+def build(
+    platform: Platform, directory: Path, monitor: Path, memory: tuple[int, int], *, incoming: bool
+) -> list[str]:
+    """:param memory: a descriptor that QEMU inherits, and its size in bytes.
+
+    :raise UsageError: the command has words that are ours to say.
+    """
+    words = [word.replace("{dir}", str(directory)) for word in platform.command]
+    for word in words:
+        if word in FORBIDDEN:
+            raise UsageError(
+                f"the command of [qemu] has {word}, which ferry has to say itself",
+                remedy="leave it out; `ferry adopt` takes a QEMU that runs already",
+                phase=Phase.SETUP,
+            )
+    fd, size = memory
+    words += ["-S", "-qmp", f"unix:{_escaped(str(monitor))},server=on,wait=off"]
+    words += [
+        "-object", f"memory-backend-file,id={_BACKEND},size={size},mem-path=/proc/self/fd/{fd},share=on",
+        "-machine", f"memory-backend={_BACKEND}", "-m", f"size={size >> 10}K",
+    ]  # fmt: skip
+    for device in platform.driven:
+        words += _device(device)
+    if platform.state == "qemu":
+        words += ["-object", f"dbus-vmstate,id=ferry-vmstate,addr={_escaped(platform.bus)}"]
+    return [*words, "-incoming", "defer"] if incoming else words
+
+
+def _device(device: DeviceEntry) -> Sequence[str]:
+    chardev = f"ferry-{device.id}"
+    words = ["-chardev", f"socket,id={chardev},path={_escaped(device.socket)},reconnect=1"]
+    queues = device.options.get("queues", "1")
+    if device.type == NET:
+        net = f"ferry-net-{device.id}"
+        mac = f",mac={device.options['mac']}" if "mac" in device.options else ""
+        return [
+            *words,
+            "-netdev", f"vhost-user,id={net},chardev={chardev}",
+            "-device", f"virtio-net-pci,id={device.id},netdev={net}{mac}",
+        ]  # fmt: skip
+    return [*words, "-device", f"vhost-user-blk-pci,id={device.id},chardev={chardev},num-queues={queues}"]
+
+
+def _escaped(text: str) -> str:
+    """A comma ends an option's value in QEMU's language, and two are one."""
+    return text.replace(",", ",,")

@@ -221,7 +221,8 @@ class VhostUserBlk(Device):
             )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """QEMU negotiates with this process by itself when it starts the rings; nothing has to be taken over."""
+        """QEMU negotiates anew when it starts the rings, to the same end: what was sent stands until then."""
+        self.negotiated(state["features"])
 
 
 if __name__ == "__main__":

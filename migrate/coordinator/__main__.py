@@ -18,6 +18,7 @@ from migrate.coordinator import destination, recover, source
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.hostline import HostLine
 from migrate.coordinator.outcome import Outcome, emit_stdout
+from migrate.coordinator.spec import Spec
 from migrate.errors import FerryError
 
 
@@ -40,7 +41,7 @@ async def _stdin() -> asyncio.StreamReader:
 
 async def run_source() -> int:
     reader = await _stdin()
-    spec = source.Spec(**json.loads(await reader.readline()))
+    spec = Spec(**json.loads(await reader.readline()))
     hold = Hold(spec.hold, emit_stdout)
     try:
         migration = source.SourceMigration(spec, emit_stdout, hold)

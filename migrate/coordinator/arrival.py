@@ -10,11 +10,11 @@ import gc
 import hashlib
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.link import Link
 from migrate.coordinator.outcome import Emit
-from migrate.coordinator.pages_in import PageReceiver
 from migrate.coordinator.participants import Participants, Times
 from migrate.errors import Phase, RemoteProtocolError
 from migrate.memory import GuestMemory
@@ -26,6 +26,15 @@ ROUND_SECONDS = 600.0
 BLOCK = 1 << 20
 
 
+class Receiver(Protocol):
+    """Where memory arrives: PageReceiver's threads, or QEMU by its relay."""
+
+    async def round_ended(self, number: int) -> tuple[bytes, ...]:
+        """Everything of that round is there; the digest of each channel, where it was the last."""
+
+    async def close(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Arrival:
     """One machine's way in, from the first round to where READY can be said."""
@@ -33,7 +42,7 @@ class Arrival:
     parts: Participants
     link: Link
     memory: GuestMemory
-    pages: PageReceiver
+    pages: Receiver
     versions: dict[str, int]  #: what was agreed that the source writes, by participant
     emit: Emit
     hold: Hold
@@ -97,7 +106,7 @@ class Arrival:
         digests = await self.link.during(
             self.pages.round_ended(stopped.n), timeout=ROUND_SECONDS, what="the end of the last pass"
         )
-        check_arrival(stopped, digests, self._blobs, list(self.parts.by_id))
+        check_arrival(stopped, digests, self._blobs, [member.id for member in self.parts.carried])
         await self.link.during(self._all_staged())  # all are valid before one is applied
         return await self.link.during(self.parts.apply(self._blobs))
 

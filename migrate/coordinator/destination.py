@@ -19,7 +19,7 @@ import numpy as np
 
 from migrate import __version__
 from migrate.bus import Bus
-from migrate.coordinator import disks, preflight
+from migrate.coordinator import disks, preflight, qemu_in
 from migrate.coordinator.arrival import PATIENCE, Arrival
 from migrate.coordinator.dialling import credentials_of
 from migrate.coordinator.hold import Hold
@@ -27,6 +27,7 @@ from migrate.coordinator.link import Link, PeerRejected
 from migrate.coordinator.outcome import Emit, wire_reasons
 from migrate.coordinator.pages_in import PageReceiver, PageSink
 from migrate.coordinator.participants import Participants
+from migrate.coordinator.qemu_in import QemuReceiver
 from migrate.errors import (
     FerryError,
     GuestEnded,
@@ -41,6 +42,7 @@ from migrate.memory import GuestMemory
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.protocol.states import Did, Role
+from migrate.qemu.facts import Facts
 from migrate.transport.control import Endpoint, accept_control, accept_page
 from migrate.transport.preamble import Kind, Preamble
 
@@ -92,7 +94,8 @@ class DestinationMigration:
         self._bus: Bus | None = None
         self._parts: Participants | None = None
         self._memory: GuestMemory | None = None
-        self._pages: PageReceiver | None = None
+        self._pages: PageReceiver | QemuReceiver | None = None
+        self._facts: Facts | None = None  #: of a QEMU that waits here
         self._manifest: m.Manifest | None = None
         self._arrival: Arrival | None = None
         self._token = secrets.token_bytes(32)
@@ -213,11 +216,15 @@ class DestinationMigration:
             if not against_disks:
                 offered.append(entry.id)
         try:
-            machine = preflight.incoming_config(manifest, offered, images)
+            qemu = self.host.config.qemu_of(manifest.machine) if preflight.is_qemu(manifest) else None
+            machine = preflight.incoming_config(manifest, offered, images, qemu)
             address = await self.host.incoming(preflight.as_json(machine), manifest.job, peer)
             self._bus = await Bus.connect(address)
             self._parts = await Participants.find(self._bus)
             await self._parts.supervisor.on_changed(self._machine_changed)
+            if qemu is not None and self._parts.qemu is not None:
+                self._facts, against_qemu = await qemu_in.compare(self._parts, manifest)
+                reasons += against_qemu
         except FerryError as error:
             return [*reasons, Reason(error.device, str(Phase.PREFLIGHT), error.reason, error.remedy)]
         self._versions, against_versions = preflight.compare(manifest, self._parts)
@@ -235,12 +242,16 @@ class DestinationMigration:
         await parts.supervisor.begin_incoming(manifest.job, manifest.epoch, link.stream.peer)
         self._begun = True
         self._memory = await parts.map_memory()
-        self._pages = PageReceiver(self._memory, self._interrupt)
         if start.connections > MAX_CONNECTIONS:
             raise RemoteProtocolError(
                 f"{start.connections} page channels were announced", phase=Phase.PRECOPY
             )
-        self._prefault(start)
+        if self._facts is not None:
+            self._pages = receiver = QemuReceiver(parts, link, self._interrupt)
+            await receiver.listen(self._facts, start.connections)
+        else:
+            self._pages = pages = PageReceiver(self._memory, self._interrupt)
+            self._prefault(start, pages)
         if start.connections == 0:
             self._sink = self._pages.join_inline()
         else:
@@ -249,11 +260,11 @@ class DestinationMigration:
         self._arrival = Arrival(parts, link, self._memory, self._pages, self._versions, self.emit, self.hold)
         return await self._load(self._arrival, await self._arrival.rounds())
 
-    def _prefault(self, start: m.Start) -> None:
-        assert self._memory is not None and self._pages is not None
+    def _prefault(self, start: m.Start, pages: PageReceiver) -> None:
+        assert self._memory is not None
         if start.extents:
             table = np.array(start.extents, np.uint64)
-            self._pages.prefault(self._memory.from_table(table))
+            pages.prefault(self._memory.from_table(table))
 
     async def _join(self, count: int) -> None:
         """Wait for the page channels; each proves by the token that it belongs to this control channel."""

@@ -56,13 +56,16 @@ PageSink = Callable[[frames.Header, bytes], Awaitable[None]]
 
 
 class Link:
-    """One side of a control channel. One task reads; `expect` and `during` see what it read, in order."""
+    """One side of a control channel. One task reads; `expect` and `during` see what it read, in order.
+
+    :ivar pages: takes frames that are no messages; None where none were agreed.
+    """
 
     def __init__(self, stream: Stream, role: Role, *, pages: PageSink | None = None) -> None:
         self.stream = stream
         self.conversation = Conversation(role)
         self.round_trip_ns = 0
-        self._pages = pages
+        self.pages = pages
         self._inbox: asyncio.Queue[tuple[messages.Message, int]] = asyncio.Queue()
         self._held = 0  #: bytes of what is in the inbox
         self._room = asyncio.Event()
@@ -187,13 +190,13 @@ class Link:
             await self._room.wait()
 
     async def _page(self, header: frames.Header, body: bytes) -> None:
-        if self._pages is None:
+        if self.pages is None:
             raise ChannelClosed(
                 "page frames came on the control channel, where none were agreed",
                 phase=Phase.PRECOPY,
                 remedy="see the log of the peer; it may be no vmferry",
             )
-        await self._pages(header, body)
+        await self.pages(header, body)
 
     def _break(self, error: FerryError) -> None:
         if not self._broken.done():

@@ -55,9 +55,9 @@ class PageDecoder:
         :raises RemoteProtocolError: for anything that is not what the header and the layout allow.
         :raises MemoryFault: for runs outside the guest's memory.
         """
-        if header.kind is Kind.CONTROL:
+        if header.kind in (Kind.CONTROL, Kind.RELAY):
             raise RemoteProtocolError(
-                "a control frame came among pages", phase=Phase.PRECOPY, remedy="see its log"
+                f"a {header.kind.name} frame came among pages", phase=Phase.PRECOPY, remedy="see its log"
             )
         self._read(memoryview(self._head))
         head = frames.decode_table_head(header, self._head)

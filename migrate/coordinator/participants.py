@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from migrate.bus import Bus, DeviceClient, DeviceInfo, discover
+from migrate.bus.qemu import QemuClient
 from migrate.bus.supervisor import SupervisorClient
 from migrate.errors import DeviceGone, Phase, Reason
+from migrate.machine.config import VCPU_ID
 from migrate.memory import DirtyBitmap, GuestMemory, read_sealed, sealed_bytes
 from migrate.protocol.messages import MAX_CHUNK, DeviceEntry, DiskEntry
 from migrate.state import DeviceState
 
 T = TypeVar("T")
 
+#: The schema of a QEMU as a machine's vCPU.
+QEMU_TYPE = "qemu"
 #: Rounds take at most this much of a device's stream, so that one that is rewritten all the time ends them too.
 STREAM_ROUND_BYTES = 256 << 20
 
@@ -89,6 +93,15 @@ class Participants:
         self.description = description
         self.members = members
         self.by_id = {member.id: member for member in members}
+        vcpu = self.by_id.get(VCPU_ID)
+        #: The QEMU of a machine whose VMM is one.
+        self.qemu = (
+            QemuClient(bus, vcpu.client.unique_name, VCPU_ID)
+            if vcpu is not None and vcpu.entry["type"] == QEMU_TYPE
+            else None
+        )
+        #: Devices' states go by QEMU's dbus-vmstate, as machine.toml asks; QEMU itself is still told by us.
+        self.by_qemu = description.get("qemu") == "qemu"
 
     @classmethod
     async def find(cls, bus: Bus) -> Participants:
@@ -112,6 +125,11 @@ class Participants:
         """A machine's detail as its supervisor words it, parted: the participant that it begins with, or None, and the rest."""
         name, _, rest = detail.partition(": ")
         return (name, rest) if name in self.by_id else (None, detail)
+
+    @property
+    def carried(self) -> list[Member]:
+        """Those whose blobs go by us."""
+        return [member for member in self.members if not self.by_qemu or member.id == VCPU_ID]
 
     async def map_memory(self) -> GuestMemory:
         """The machine's memory, mapped here; the caller closes it."""
@@ -153,9 +171,15 @@ class Participants:
 
     # -- blobs -----------------------------------------------------------------------------------------------------------
 
-    async def save(self, versions: dict[str, int], *, phase: Phase) -> tuple[dict[str, bytes], Times]:
-        """Every participant's blob, at the version that the destination reads."""
+    async def save(
+        self, versions: dict[str, int], *, phase: Phase, everybody: bool = False
+    ) -> tuple[dict[str, bytes], Times]:
+        """Every participant's blob, at the version that the destination reads.
+
+        :param everybody: also of those whose blobs go by QEMU: for a rehearsal.
+        """
         blobs: dict[str, bytes] = {}
+        members = self.members if everybody else self.carried
 
         async def one(member: Member) -> None:
             if member.info.opaque:
@@ -163,8 +187,8 @@ class Participants:
             else:
                 blobs[member.id] = await member.client.save_as(versions[member.id], phase=phase)
 
-        times = await self._timed(self.members, one)
-        return {member.id: blobs[member.id] for member in self.members}, times
+        times = await self._timed(members, one)
+        return {member.id: blobs[member.id] for member in members}, times
 
     async def check(self, blobs: dict[str, bytes]) -> tuple[Times, list[Reason]]:
         """Would these load? All reasons against it; nothing is touched."""
@@ -188,7 +212,10 @@ class Participants:
         """All apply what they staged and stop; opaque ones load. The first failure is raised when all have answered."""
 
         async def one(member: Member) -> None:
-            if member.info.opaque:
+            if member.id not in blobs:
+                if not member.info.opaque:  # QEMU has loaded it
+                    await member.client.set_state(DeviceState.STOP, phase=Phase.LOAD)
+            elif member.info.opaque:
                 await member.client.load(blobs[member.id], phase=Phase.LOAD)
             else:
                 # Not waited for between the two: calls reach a participant in order, and without a state STOP is refused.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from migrate.coordinator.pages_out import Sent
-from migrate.coordinator.participants import Participants, tracker_of
+from migrate.coordinator.participants import QEMU_TYPE, Participants, tracker_of
 from migrate.errors import IncompatibleError, Phase, Reason, RemoteProtocolError, UsageError
 from migrate.machine.config import (
     NAME,
@@ -22,8 +22,6 @@ from migrate.machine.config import (
 from migrate.protocol import messages as m
 from migrate.state import versions
 
-#: The schema of a QEMU as a machine's vCPU.
-QEMU_TYPE = "qemu"
 #: What the two sides can do beyond the first version of the protocol; empty so far.
 FEATURES: tuple[str, ...] = ()
 

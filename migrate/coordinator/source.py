@@ -12,13 +12,12 @@ import os
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from migrate import __version__
 from migrate.bus import Bus
-from migrate.coordinator import disks, doubt, preflight
+from migrate.coordinator import disks, doubt, preflight, qemu_out
 from migrate.coordinator.convergence import Convergence
 from migrate.coordinator.dialling import Dialler
 from migrate.coordinator.hold import Hold
@@ -27,7 +26,9 @@ from migrate.coordinator.link import Link, PeerRejected
 from migrate.coordinator.outcome import Downtime, Emit, Outcome, slowest, wire_reasons
 from migrate.coordinator.pages_out import PageSender, coarse_extents
 from migrate.coordinator.participants import Participants
-from migrate.coordinator.transfer import READY_SECONDS, Transfer
+from migrate.coordinator.qemu_out import QemuTransfer
+from migrate.coordinator.spec import Agreed, Committed, Spec
+from migrate.coordinator.transfer import READY_SECONDS, PageTransfer, Transfer
 from migrate.errors import (
     CancelledByUser,
     FerryError,
@@ -44,6 +45,8 @@ from migrate.errors import (
 from migrate.memory import CompareTracker, DirtyBitmap, GuestMemory
 from migrate.protocol import messages as m
 from migrate.protocol.states import Did, Role
+from migrate.qemu.facts import Facts
+from migrate.qemu.monitor import Qemu
 
 log = logging.getLogger(__name__)
 
@@ -52,48 +55,6 @@ ACCEPT_SECONDS = 120.0
 JOIN_SECONDS = 30.0
 #: The destination's participants may be slow to start; a dead peer is noticed sooner, by its pings.
 RUNNING_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What the daemon asks for (one JSON object)."""
-
-    job: str
-    machine: str
-    bus: str
-    to: str
-    host_name: str
-    incarnation: str
-    credentials: dict[str, Any] | None = None
-    connections: int = 1
-    downtime_ms: float = 300.0
-    verify: bool = False
-    check_only: bool = False
-    keep: str = ""
-    hold: list[str] = field(default_factory=list)
-    doubt_seconds: float = 30.0
-    bandwidth: float = 0.0  #: bytes/s of pages; 0 is no limit
-    timeout_seconds: float = 0.0  #: of pre-copy; 0 is no limit
-    on_stall: str = OnStall.ABORT
-
-
-@dataclass(frozen=True, slots=True)
-class Agreed:
-    """What both sides settled before anything moved."""
-
-    versions: dict[str, int]
-    token: bytes
-    connections: int
-    incarnation: str  #: the peer's
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """COMMIT is in the ledger."""
-
-    stopped_ns: int  #: how long the machine had stood still
-    at: int  #: monotonic ns
-    took_ns: int
 
 
 class SourceMigration:
@@ -118,6 +79,8 @@ class SourceMigration:
         self._heard_at = 0  #: monotonic ns of RUNNING: the end of the downtime
         self._task: asyncio.Task[Any] | None = None
         self._guest_ended: GuestEnded | None = None
+        self._qemu: Qemu | None = None
+        self._facts: Facts | None = None
 
     def cancel(self) -> None:
         if self._task is not None and not self._committing:
@@ -177,6 +140,9 @@ class SourceMigration:
         self._parts = parts = await Participants.find(bus)
         await parts.supervisor.on_changed(self._machine_changed)
         preflight.check_source(parts)
+        if parts.qemu is not None:
+            self._qemu = Qemu(parts.qemu)
+            self._facts = await qemu_out.inspect(self._qemu, parts)
         tokens = disks.Tokens()
         stack.callback(tokens.remove)
         tokens.write(parts)
@@ -191,12 +157,9 @@ class SourceMigration:
             await self._say(m.Bye())
             self._finish("checked", "source", 0)
             return
-        memory = await parts.map_memory()
-        stack.callback(memory.close)
-        self.outcome.ram_bytes = memory.size
-        transfer, dirty = await self._start(stack, parts, link, memory, agreed)
-        await self._in_time(transfer.precopy(dirty))
-        await self._switch_over(transfer, dirty, agreed)
+        transfer = await self._start(stack, parts, link, agreed)
+        await self._in_time(transfer.precopy())
+        await self._switch_over(transfer, agreed)
 
     async def _offer(self, parts: Participants, link: Link, tokens: disks.Tokens) -> Agreed:
         """HELLO and the manifest; every reason against it comes back at once."""
@@ -217,16 +180,20 @@ class SourceMigration:
         if not isinstance(answer, m.Accept):
             raise RemoteProtocolError(f"{answer.name} answers no manifest", phase=Phase.PREFLIGHT)
         versions = preflight.check_accept(parts, answer)
-        return Agreed(
-            versions, answer.token, min(spec.connections, answer.max_connections), hello.incarnation
-        )
+        most = answer.max_connections
+        return Agreed(versions, answer.token, min(spec.connections, most), hello.incarnation, most)
 
     async def _start(
-        self, stack: AsyncExitStack, parts: Participants, link: Link, memory: GuestMemory, agreed: Agreed
-    ) -> tuple[Transfer, DirtyBitmap]:
+        self, stack: AsyncExitStack, parts: Participants, link: Link, agreed: Agreed
+    ) -> Transfer:
         """Page channels, trackers, streams; and what the first round has to send."""
         self._enter(Phase.PRECOPY)
         await parts.supervisor.peer_is(self.spec.job, agreed.incarnation)
+        memory = await parts.map_memory()
+        stack.callback(memory.close)
+        self.outcome.ram_bytes = memory.size
+        if self._qemu is not None and self._facts is not None:
+            return await self._start_qemu(stack, parts, link, memory, agreed, self._qemu, self._facts)
         await link.send(m.Start(agreed.connections, coarse_extents(memory)))
         channels = await self._dialler.pages(agreed.connections, agreed.token, link)
         compare = self._compare(parts, memory)
@@ -236,18 +203,43 @@ class SourceMigration:
         # Tracking starts before anything is read: a page written from now on is sent again.
         await parts.start_tracking()
         await parts.start_streams()
-        transfer = Transfer(
+        dirty = DirtyBitmap.from_runs(memory.data_extents(), memory.page_count)
+        return PageTransfer(
             parts,
             link,
             memory,
-            sender,
             agreed.versions,
             self.policy,
             self.outcome,
             self.emit,
             self.hold,
+            sender,
+            dirty,
         )
-        return transfer, DirtyBitmap.from_runs(memory.data_extents(), memory.page_count)
+
+    async def _start_qemu(
+        self,
+        stack: AsyncExitStack,
+        parts: Participants,
+        link: Link,
+        memory: GuestMemory,
+        agreed: Agreed,
+        qemu: Qemu,
+        facts: Facts,
+    ) -> Transfer:
+        await qemu.watch()
+        stack.callback(qemu.close)
+        multifd = qemu_out.multifd_of(agreed.connections, agreed.most)
+        count = multifd + 1 if agreed.connections else 0
+        await link.send(m.Start(count, ()))
+        transfer = QemuTransfer(
+            parts, link, memory, agreed.versions, self.policy, self.outcome, self.emit, self.hold,
+            qemu, facts, self.limit, multifd,
+        )  # fmt: skip
+        transfer.open(stack, await self._dialler.pages(count, agreed.token, link))
+        await link.expect(m.Started, timeout=JOIN_SECONDS)
+        await parts.start_streams()
+        return transfer
 
     def _compare(self, parts: Participants, memory: GuestMemory) -> CompareTracker | None:
         """The tracker for participants that have none, with a warning of what it costs."""
@@ -280,17 +272,17 @@ class SourceMigration:
 
     # -- the stop ----------------------------------------------------------------------------------------------------------
 
-    async def _switch_over(self, transfer: Transfer, dirty: DirtyBitmap, agreed: Agreed) -> None:
+    async def _switch_over(self, transfer: Transfer, agreed: Agreed) -> None:
         parts, link = transfer.parts, transfer.link
         self._enter(Phase.STOP)
         stopping = await parts.supervisor.quiesce(self.spec.job)
-        began = stopping["began_ns"]
+        began = await transfer.stopped_since(stopping["began_ns"])
         link.check()
         link.conversation.did(Did.QUIESCED)
         quiesced = time.monotonic_ns()
         self._enter(Phase.SAVE)
         number = len(self.outcome.rounds) + 1
-        (blobs, saves), sent = await link.during(transfer.last_pass(number, dirty))
+        (blobs, saves), sent = await link.during(transfer.last_pass(number))
         self._blobs = blobs
         saved = time.monotonic_ns()
         await link.send(preflight.stopped(number, sent, blobs))
@@ -300,6 +292,7 @@ class SourceMigration:
         ready = await link.expect(m.Ready, timeout=READY_SECONDS)
         await link.during(self.hold.at("ready"))
         verified_ns = await transfer.verify() if self.spec.verify else 0
+        await transfer.before_commit()
         committed = await self._commit(parts, link)
         await self.hold.at("committed")
         running = await self._hand_over(parts, link, agreed, committed, paused=stopping["paused"])

@@ -1,6 +1,7 @@
-"""What moves while the source decides nothing: rounds of pre-copy, the last pass of a machine that stands still, verification.
+"""What moves while the source decides nothing: pre-copy, the last pass of a machine that stands still, verification.
 
-Used by source.py once both sides have agreed; knows no ledger and no COMMIT.
+Used by source.py once both sides have agreed; knows no ledger and no COMMIT. `Transfer` is what is the same for every VMM,
+`PageTransfer` moves memory that is ours, round by round; QEMU moves its own (qemu_out.py).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from migrate.coordinator.convergence import Convergence, Verdict
@@ -27,99 +29,63 @@ VERIFY_SECONDS = 600.0
 
 
 @dataclass(slots=True)
-class Transfer:
-    """One migration's road, from the first round to READY."""
+class Transfer(ABC):
+    """One migration's road, from the first byte to READY."""
 
     parts: Participants
     link: Link
     memory: GuestMemory
-    sender: PageSender
     versions: dict[str, int]  #: what the destination reads, by participant
     policy: Convergence
     outcome: Outcome
     emit: Emit
     hold: Hold
 
-    # -- pre-copy ----------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    async def precopy(self) -> None:
+        """Until what is left fits the downtime limit. :raises NotConvergingError: if it never will."""
 
-    async def precopy(self, dirty: DirtyBitmap) -> None:
-        """Rounds until what is left fits the downtime limit; `dirty` then holds what is left.
+    @abstractmethod
+    async def _last_pages(self, number: int) -> Sent: ...
 
-        :raises NotConvergingError: if it never will.
-        """
-        gc.freeze()  # no collection walks what is there by now, least of all while the machine stands still
-        policy = self.policy
-        left: dict[str, int] = {}
-        number = 0
-        collected = time.monotonic()
-        while True:
-            number += 1
-            stats, collected = await self.link.during(self._round(number, dirty, left, policy, collected))
-            if number == 1:
-                await self.link.during(self._rehearse(policy))
-            remaining = dirty.count() * PAGE_SIZE + sum(left.values())
-            decision = policy.decide(remaining, stats.dirty_rate)
-            self.emit(
-                {
-                    "event": "round", "n": number, "pages": stats.pages, "bytes": stats.bytes,
-                    "seconds": round(stats.seconds, 6), "dirty_rate": round(stats.dirty_rate),
-                    "send_rate": round(policy.rate), "remaining": remaining,
-                    "expected_downtime_ms": round(decision.expected_downtime_ms, 3),
-                }
-            )  # fmt: skip
-            await self.link.during(self.hold.at(f"round:{number}"))
-            if decision.verdict is Verdict.GIVE_UP:
-                raise NotConvergingError(
-                    decision.why,
-                    phase=Phase.PRECOPY,
-                    device=policy.slowest if policy.overhead_ms > policy.limit_ms else None,
-                    remedy="raise --downtime, add --connections, or slow the guest down",
-                )
-            if decision.why:
-                self.emit({"event": "warning", "warning": decision.why})
-            if decision.verdict is Verdict.SWITCH_OVER and not self.hold.wants_round_after(number):
-                return
+    async def stopped_since(self, began_ns: int) -> int:
+        """When the guest stopped, monotonic ns, where its VMM did so before the supervisor began to stop the machine."""
+        return began_ns
 
-    async def _round(
-        self, number: int, dirty: DirtyBitmap, left: dict[str, int], policy: Convergence, collected: float
-    ) -> tuple[RoundStats, float]:
-        """Send what `dirty` holds, then collect what was written meanwhile into it."""
-        start = time.monotonic()
-        pages_before = dirty.take()
-        progress = asyncio.create_task(self._progress(number, pages_before.count() * PAGE_SIZE))
-        try:
-            sent = await self.sender.send_round(number, pages_before)
-            streamed = await self._send_chunks(left, Phase.PRECOPY)
-            await self.link.send(m.Round(number, sent.pages))
-            await self.link.expect(m.RoundDone, timeout=ROUND_SECONDS)
-        finally:
-            progress.cancel()
-        seconds = time.monotonic() - start
-        policy.sent(sent.size + streamed, seconds)
-        await self._collect(dirty, Phase.PRECOPY)
-        now = time.monotonic()
-        stats = RoundStats(
-            number, sent.pages, sent.size, seconds, dirty.count() * PAGE_SIZE / max(now - collected, 1e-9)
-        )
-        self._account(stats, sent)
-        return stats, now
+    @abstractmethod
+    async def before_commit(self) -> None:
+        """Is everything true that COMMIT needs beside READY? :raises FerryError: it is not."""
 
-    async def _collect(self, dirty: DirtyBitmap, phase: Phase) -> None:
-        """What every tracker has seen since it was last asked, ORed into `dirty`."""
-        await self.parts.collect(dirty, phase=phase)
-        if self.sender.compare is not None:
-            await asyncio.to_thread(self.sender.compare.collect, dirty)
-
-    def _account(self, stats: RoundStats, sent: Sent) -> None:
+    def _account(self, stats: RoundStats, sent_bytes: int) -> None:
         self.outcome.rounds.append(stats)
-        self.outcome.ram_bytes_sent += sent.size
+        self.outcome.ram_bytes_sent += sent_bytes
 
-    async def _progress(self, number: int, size: int) -> None:
-        base = self.sender.sent_bytes
-        while True:
-            await asyncio.sleep(0.25)
-            done = self.sender.sent_bytes - base
-            self.emit({"event": "progress", "n": number, "sent": done, "remaining": max(0, size - done)})
+    async def _enough(self, stats: RoundStats, remaining: int) -> bool:
+        """Tell of a round, and decide by what it left (bytes): True to stop the guest now.
+
+        :raises NotConvergingError: it never will be enough.
+        """
+        number, policy = stats.n, self.policy
+        decision = policy.decide(remaining, stats.dirty_rate)
+        self.emit(
+            {
+                "event": "round", "n": number, "pages": stats.pages, "bytes": stats.bytes,
+                "seconds": round(stats.seconds, 6), "dirty_rate": round(stats.dirty_rate),
+                "send_rate": round(policy.rate), "remaining": remaining,
+                "expected_downtime_ms": round(decision.expected_downtime_ms, 3),
+            }
+        )  # fmt: skip
+        await self.link.during(self.hold.at(f"round:{number}"))
+        if decision.verdict is Verdict.GIVE_UP:
+            raise NotConvergingError(
+                decision.why,
+                phase=Phase.PRECOPY,
+                device=policy.slowest if policy.overhead_ms > policy.limit_ms else None,
+                remedy="raise --downtime, add --connections, or slow the guest down",
+            )
+        if decision.why:
+            self.emit({"event": "warning", "warning": decision.why})
+        return decision.verdict is Verdict.SWITCH_OVER and not self.hold.wants_round_after(number)
 
     async def _send_chunks(self, left: dict[str, int], phase: Phase) -> int:
         size = 0
@@ -131,7 +97,7 @@ class Transfer:
     async def _rehearse(self, policy: Convergence) -> None:
         """Save the running devices and let the destination check the blobs: what a load would refuse is known before the
         stop, and what saving, loading and committing cost is measured."""
-        blobs, saves = await self.parts.save(self.versions, phase=Phase.PRECOPY)
+        blobs, saves = await self.parts.save(self.versions, phase=Phase.PRECOPY, everybody=True)
         await self.link.send(m.Rehearse(blobs))
         answer = await self.link.expect(m.Rehearsed, timeout=READY_SECONDS)
         if answer.reasons:
@@ -146,10 +112,10 @@ class Transfer:
 
     # -- the last pass -----------------------------------------------------------------------------------------------------
 
-    async def last_pass(self, number: int, dirty: DirtyBitmap) -> tuple[tuple[dict[str, bytes], Times], Sent]:
+    async def last_pass(self, number: int) -> tuple[tuple[dict[str, bytes], Times], Sent]:
         """The last pages, chunks and blobs of a machine that stands still; each goes as soon as it is there, then STOPPED."""
         start = time.monotonic()
-        pages = asyncio.ensure_future(self._last_pages(number, dirty))
+        pages = asyncio.ensure_future(self._last_pages(number))
         chunks = asyncio.ensure_future(self._send_chunks({}, Phase.SAVE))
         try:
             saved = await self.parts.save(self.versions, phase=Phase.SAVE)
@@ -160,12 +126,8 @@ class Transfer:
             pages.cancel()
             chunks.cancel()
             await asyncio.gather(pages, chunks, return_exceptions=True)
-        self._account(RoundStats(number, sent.pages, sent.size, time.monotonic() - start, 0.0), sent)
+        self._account(RoundStats(number, sent.pages, sent.size, time.monotonic() - start, 0.0), sent.size)
         return saved, sent
-
-    async def _last_pages(self, number: int, dirty: DirtyBitmap) -> Sent:
-        await self._collect(dirty, Phase.SAVE)
-        return await self.sender.send_round(number, dirty, last=True)
 
     async def verify(self) -> int:
         """Compare all of both memories and all device state while both are stopped. Answers with the ns it took."""
@@ -192,3 +154,73 @@ class Transfer:
                 )
             )
         return time.monotonic_ns() - start
+
+
+@dataclass(slots=True)
+class PageTransfer(Transfer):
+    """Memory that is ours: rounds of what its writers have dirtied, over the page channels."""
+
+    sender: PageSender
+    dirty: DirtyBitmap  #: what is to be sent
+
+    async def precopy(self) -> None:
+        """Rounds until what is left fits the downtime limit; `dirty` then holds what is left.
+
+        :raises NotConvergingError: if it never will.
+        """
+        gc.freeze()  # no collection walks what is there by now, least of all while the machine stands still
+        policy, dirty = self.policy, self.dirty
+        left: dict[str, int] = {}
+        number = 0
+        collected = time.monotonic()
+        while True:
+            number += 1
+            stats, collected = await self.link.during(self._round(number, dirty, left, policy, collected))
+            if number == 1:
+                await self.link.during(self._rehearse(policy))
+            if await self._enough(stats, dirty.count() * PAGE_SIZE + sum(left.values())):
+                return
+
+    async def _round(
+        self, number: int, dirty: DirtyBitmap, left: dict[str, int], policy: Convergence, collected: float
+    ) -> tuple[RoundStats, float]:
+        """Send what `dirty` holds, then collect what was written meanwhile into it."""
+        start = time.monotonic()
+        pages_before = dirty.take()
+        progress = asyncio.create_task(self._progress(number, pages_before.count() * PAGE_SIZE))
+        try:
+            sent = await self.sender.send_round(number, pages_before)
+            streamed = await self._send_chunks(left, Phase.PRECOPY)
+            await self.link.send(m.Round(number, sent.pages))
+            await self.link.expect(m.RoundDone, timeout=ROUND_SECONDS)
+        finally:
+            progress.cancel()
+        seconds = time.monotonic() - start
+        policy.sent(sent.size + streamed, seconds)
+        await self._collect(dirty, Phase.PRECOPY)
+        now = time.monotonic()
+        stats = RoundStats(
+            number, sent.pages, sent.size, seconds, dirty.count() * PAGE_SIZE / max(now - collected, 1e-9)
+        )
+        self._account(stats, sent.size)
+        return stats, now
+
+    async def _collect(self, dirty: DirtyBitmap, phase: Phase) -> None:
+        """What every tracker has seen since it was last asked, ORed into `dirty`."""
+        await self.parts.collect(dirty, phase=phase)
+        if self.sender.compare is not None:
+            await asyncio.to_thread(self.sender.compare.collect, dirty)
+
+    async def _progress(self, number: int, size: int) -> None:
+        base = self.sender.sent_bytes
+        while True:
+            await asyncio.sleep(0.25)
+            done = self.sender.sent_bytes - base
+            self.emit({"event": "progress", "n": number, "sent": done, "remaining": max(0, size - done)})
+
+    async def before_commit(self) -> None:
+        """Nothing beside READY: what stops this machine is the supervisor alone."""
+
+    async def _last_pages(self, number: int) -> Sent:
+        await self._collect(self.dirty, Phase.SAVE)
+        return await self.sender.send_round(number, self.dirty, last=True)

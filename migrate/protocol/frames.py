@@ -4,8 +4,8 @@ A frame is a 16-byte header, big-endian, and a body:
 
     offset  size  field
     0       4     magic "VMF1"
-    4       1     kind: 1 CONTROL, 2 PAGES, 3 ZERO, 4 MARK
-    5       1     flags: bit 0 (PAGES, ZERO, MARK): the last, stopped pass; table and bytes are digested
+    4       1     kind: 1 CONTROL, 2 PAGES, 3 ZERO, 4 MARK, 5 RELAY
+    5       1     flags: bit 0 (not in CONTROL): the last, stopped pass; table and bytes are digested
     6       2     zero
     8       4     length of the body in bytes
     12      4     CRC-32 of bytes 0 to 11
@@ -33,6 +33,8 @@ HEADER_SIZE = HEADER.size
 #: Head of a PAGES, ZERO or MARK body: round number, count of runs, CRC-32 of those eight bytes and the table.
 TABLE_HEAD = struct.Struct(">III")
 CRC = struct.Struct(">I")
+#: Head of a RELAY body: which of QEMU's connections the bytes after it belong to.
+RELAY_HEAD = struct.Struct(">I")
 #: One run of the table: guest physical address and length, both in bytes.
 RUN_DTYPE = np.dtype([("gpa", ">u8"), ("bytes", ">u8")])
 
@@ -40,6 +42,7 @@ MIB = 1 << 20
 MAX_CONTROL = 24 * MIB
 MAX_RUNS = 4096
 MAX_PAGE_BYTES = 8 * MIB
+MAX_RELAY = MIB
 MAX_TABLE = TABLE_HEAD.size + MAX_RUNS * RUN_DTYPE.itemsize
 
 
@@ -48,6 +51,7 @@ class Kind(IntEnum):
     PAGES = 2
     ZERO = 3
     MARK = 4
+    RELAY = 5
 
 
 LIMITS = {
@@ -55,6 +59,7 @@ LIMITS = {
     Kind.PAGES: MAX_TABLE + MAX_PAGE_BYTES,
     Kind.ZERO: MAX_TABLE,
     Kind.MARK: TABLE_HEAD.size,
+    Kind.RELAY: RELAY_HEAD.size + MAX_RELAY,
 }
 
 
@@ -188,3 +193,19 @@ def decode_table(header: Header, head: TableHead, data: bytes | bytearray | memo
     if header.kind is Kind.PAGES and int(sizes.sum()) != header.length - TABLE_HEAD.size - head.table_bytes:
         raise _garbage("a PAGES frame's bytes are not those of its table")
     return table
+
+
+def encode_relay(stream: int, size: int, *, digested: bool = False) -> bytes:
+    """What stands before `size` bytes of one of QEMU's connections; of none, where it has ended."""
+    return encode_header(Kind.RELAY, RELAY_HEAD.size + size, digested) + RELAY_HEAD.pack(stream)
+
+
+def decode_relay(header: Header, data: bytes | bytearray | memoryview) -> tuple[int, int]:
+    """From the first bytes of a RELAY body: the connection, and how many of its bytes follow.
+
+    :raises RemoteProtocolError: if it is no such frame, or too short for its head.
+    """
+    if header.kind is not Kind.RELAY or header.length < RELAY_HEAD.size:
+        raise _garbage(f"a {header.kind.name} frame of {header.length} bytes where QEMU's channel is relayed")
+    stream: int = RELAY_HEAD.unpack_from(data)[0]
+    return stream, header.length - RELAY_HEAD.size

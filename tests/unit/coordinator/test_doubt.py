@@ -14,12 +14,13 @@ from typing import Any, cast
 import pytest
 from links import HELLO, both
 
-from migrate.coordinator import doubt, source
+from migrate.coordinator import doubt
 from migrate.coordinator.dialling import Dialler
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.link import Link
 from migrate.coordinator.participants import Participants
-from migrate.coordinator.source import Agreed, Committed, SourceMigration
+from migrate.coordinator.source import SourceMigration
+from migrate.coordinator.spec import Agreed, Committed, Spec
 from migrate.errors import DeviceRefused, FerryError, InDoubtError, Reason
 from migrate.machine import ledger as ledgers
 from migrate.machine.ledger import Entry, Ledger
@@ -180,7 +181,7 @@ def hand_over(
     ledger = Ledger(directory, "web1")
     ledger.write(Entry.OUTGOING, JOB, EPOCH)
     ledger.write(Entry.COMMIT, JOB, EPOCH)
-    spec = source.Spec(
+    spec = Spec(
         job=JOB,
         machine="web1",
         bus="",

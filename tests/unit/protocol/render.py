@@ -83,6 +83,7 @@ def kinds() -> str:
         frames.Kind.CONTROL: "one message (below), then the CRC-32 of it",
         frames.Kind.PAGES: "run table, then the bytes of its pages in the table's order",
         frames.Kind.ZERO: "run table of pages that are zero: the receiver punches holes",
+        frames.Kind.RELAY: "the number of one of QEMU's own connections (4 bytes), then bytes of it; none: it has ended",
         frames.Kind.MARK: "the head of a run table with no runs: the round ends here on this channel",
     }
     rows = ["| kind | | most bytes of body | body |", "|---:|---|---:|---|"]

@@ -99,6 +99,12 @@ class SplitQueue:
         #: Whether the driver was told not to notify. None: what it was told is not known.
         self._deaf: bool | None = None
 
+    def begin_at(self, index: int) -> None:
+        """A ring that another, or an earlier one of ours, served up to there. What its driver was told is not known."""
+        self.taken = self.returned = index
+        self.in_flight.clear()
+        self._signalled = self._deaf = None
+
     def configure(self, *, event_idx: bool, indirect: bool) -> None:
         """What was negotiated."""
         self.event_idx, self.indirect = event_idx, indirect

@@ -247,7 +247,7 @@ class DestinationMigration:
                 f"{start.connections} page channels were announced", phase=Phase.PRECOPY
             )
         if self._facts is not None:
-            self._pages = receiver = QemuReceiver(parts, link, self._interrupt)
+            self._pages = receiver = QemuReceiver(parts, link, self._memory, self._interrupt)
             await receiver.listen(self._facts, start.connections)
         else:
             self._pages = pages = PageReceiver(self._memory, self._interrupt)

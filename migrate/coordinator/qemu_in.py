@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from migrate.coordinator.link import Link
 from migrate.coordinator.pages_in import PageSink
 from migrate.coordinator.participants import Participants
 from migrate.errors import FerryError, Phase, Reason, RemoteProtocolError
+from migrate.memory import GuestMemory, PageRuns
 from migrate.protocol import frames
 from migrate.protocol import messages as m
 from migrate.qemu import facts as compared
 from migrate.qemu.facts import Facts
 from migrate.qemu.monitor import Qemu
 from migrate.qemu.relay import Channel, RelayIn
+
+log = logging.getLogger(__name__)
 
 #: How long QEMU may take to load what the source has sent whole, s.
 LOAD_SECONDS = 60.0
@@ -36,7 +41,9 @@ async def compare(parts: Participants, manifest: m.Manifest) -> tuple[Facts, lis
 class QemuReceiver:
     """Has the interface of PageReceiver, for whoever joins channels and waits for the end of what comes."""
 
-    def __init__(self, parts: Participants, link: Link, on_refusal: Callable[[FerryError], None]) -> None:
+    def __init__(
+        self, parts: Participants, link: Link, memory: GuestMemory, on_refusal: Callable[[FerryError], None]
+    ) -> None:
         assert parts.qemu is not None
         self._qemu = Qemu(parts.qemu)
         self._link = link
@@ -48,6 +55,20 @@ class QemuReceiver:
             loop.call_soon_threadsafe(on_refusal, error)
 
         self._relay = RelayIn(failed, self._back)
+        self._stopping = threading.Event()
+        self._prefaulting = threading.Thread(
+            target=self._prefault, args=(memory,), name="prefault", daemon=True
+        )
+        self._prefaulting.start()
+
+    def _prefault(self, memory: GuestMemory) -> None:
+        """Have the guest's memory allocated ahead of QEMU, which allocates all of it anyway: it reads what it is told is zero.
+        Left to QEMU that goes on after the source has stopped: half a second for 256 MiB was seen."""
+        try:
+            if memory.page_count:
+                memory.prefault(PageRuns([(0, memory.page_count)]), self._stopping.is_set)
+        except FerryError as error:
+            log.warning("event=prefault error=%s", error)  # QEMU says so itself, if it comes to that
 
     def _back(self, frame: bytes) -> None:
         """From the relay's thread."""
@@ -82,5 +103,7 @@ class QemuReceiver:
         return found
 
     async def close(self) -> None:
+        self._stopping.set()
         await asyncio.to_thread(self._relay.close)
+        await asyncio.to_thread(self._prefaulting.join)
         shutil.rmtree(self._directory, ignore_errors=True)

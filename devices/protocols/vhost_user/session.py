@@ -237,8 +237,7 @@ class Session:
         ring, queue = self._ring(number)
         if ring.started or base > 0xFFFF:
             raise m.refused(f"ring {number} cannot begin with {base} now")
-        queue.taken = queue.returned = base
-        queue.in_flight.clear()
+        queue.begin_at(base)
 
     def _get_vring_base(self, payload: memoryview, fds: list[int]) -> bytes:
         number, _ = m.state(payload)

@@ -127,7 +127,7 @@ def test_we_never_write_a_frame_that_the_peer_must_refuse(kind: Kind) -> None:
         header_of(Kind.PAGES, 12, zero=1),
         header_of(Kind.PAGES, 12, magic=b"VMF2"),
     ],
-    ids=["kind 0", "kind 5", "flag 2", "digested control", "reserved bytes", "another version's magic"],
+    ids=["kind 0", "kind 6", "flag 2", "digested control", "reserved bytes", "another version's magic"],
 )
 def test_a_header_that_is_whole_and_says_what_is_unknown_is_refused(raw: bytes) -> None:
     with pytest.raises(RemoteProtocolError):

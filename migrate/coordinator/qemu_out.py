@@ -36,6 +36,8 @@ T = TypeVar("T")
 LAST_PASS_SECONDS = 60.0
 END_SECONDS = 10.0
 PROGRESS_SECONDS = 0.25
+#: The least downtime limit that QEMU is given, ms.
+LEAST_MS = 1.0
 
 
 async def inspect(qemu: Qemu, parts: Participants) -> Facts:
@@ -108,10 +110,11 @@ class QemuTransfer(Transfer):
         await self.link.during(self._unless_broken(self._passes()))
 
     def _limits(self, number: int) -> tuple[int, int]:
-        """For QEMU, ms and bytes/s. None of the downtime is its before its first pass has ended, or a later one that is wanted."""
-        own = max(self.policy.limit_ms - self.policy.overhead_ms, 1.0)
+        """For QEMU, ms and bytes/s. The least before its first pass has ended, or a later one that is wanted; but never nothing:
+        QEMU 7.2 then looks for dirty pages no more, and stops the guest with all of them left."""
+        own = max(self.policy.limit_ms - self.policy.overhead_ms, LEAST_MS)
         if number < 1 or self.hold.wants_round_after(number):
-            own = 0.0
+            own = LEAST_MS
         return int(min(own, MAX_DOWNTIME_MS)), int(self.limit.rate)
 
     async def _passes(self) -> None:

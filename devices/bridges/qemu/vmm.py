@@ -31,6 +31,7 @@ from migrate.bus import Bus
 from migrate.bus.qemu import INTERFACE, PATH, qemu_interface
 from migrate.errors import BusError, DeviceGone, DeviceRefused, DeviceTimeout, Phase
 from migrate.memory.region import Region
+from migrate.state.lifecycle import DeviceState
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class QemuVmm(Participant):
         self._bus: Bus | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending = threading.Event()
+        self._saved: dict[str, object] | None = None
         if platform.qmp:
             self._connect(Path(platform.qmp), lambda: True)
 
@@ -311,12 +313,15 @@ class QemuVmm(Participant):
     # -- state ------------------------------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, object]:
-        return {
-            "machine": facts.machine_type(self.monitor),
-            "ram": facts.ram(self.monitor),
-            "cpus": facts.cpus(self.monitor),
-            "devices": [device.id for device in self._platform.devices],
-        }
+        """Nothing of it changes while the guest stands still, and a QEMU that sends its last pages is slow to answer."""
+        if self._saved is None or self.state not in (DeviceState.STOP, DeviceState.STOP_COPY):
+            self._saved = {
+                "machine": facts.machine_type(self.monitor),
+                "ram": facts.ram(self.monitor),
+                "cpus": facts.cpus(self.monitor),
+                "devices": [device.id for device in self._platform.devices],
+            }
+        return self._saved
 
     def check(self, state: Mapping[str, Any]) -> None:
         mine = self.save()

@@ -50,7 +50,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--back", action="store_true", help="completed: then migrate back, as a second run of the same"
     )
-    parser.add_argument("--memory", default="256M", metavar="SIZE", help="of the guest (default 256M)")
+    parser.add_argument(
+        "--vmm", choices=["embedded", "qemu"], default="embedded",
+        help="what runs the guest: our own small VMM, or QEMU with a Linux guest (default embedded)",
+    )  # fmt: skip
+    parser.add_argument("--memory", default="", metavar="SIZE", help="of the guest (default 256 MiB)")
     parser.add_argument(
         "--dirty-rate",
         default="",
@@ -105,7 +109,12 @@ def _options(args: argparse.Namespace) -> Options:
             f"--back does not go with {args.scenario}, which does not move the machine",
             remedy="leave out one of the two",
         )
-    parse_size(args.memory, "--memory")
+    if args.memory:
+        parse_size(args.memory, "--memory")
+    if args.tracker and args.vmm == "qemu":
+        raise UsageError(
+            "--tracker does not go with --vmm qemu, which has its own", remedy="leave out one of the two"
+        )
     if args.dirty_rate not in ("", "0", "max"):
         parse_size(args.dirty_rate, "--dirty-rate")
     if not 0 <= args.connections <= 16:
@@ -115,8 +124,8 @@ def _options(args: argparse.Namespace) -> Options:
     if not 0 < args.downtime <= MAX_DOWNTIME_MS:
         raise UsageError(f"--downtime {args.downtime} is not 1 to {MAX_DOWNTIME_MS}", remedy="try 300")
     return Options(
-        args.scenario, at, args.destination_gone, args.memory, args.dirty_rate, args.tracker, args.connections,
-        args.downtime, _directory_to_keep(args.keep), args.back,
+        args.scenario, at, args.destination_gone, args.memory, args.vmm, args.dirty_rate, args.tracker,
+        args.connections, args.downtime, _directory_to_keep(args.keep), args.back,
     )  # fmt: skip
 
 
@@ -173,7 +182,7 @@ async def _play(options: Options, *, as_json: bool) -> int:
         if stage.relay is not None:
             await stage.relay.start()
         await asyncio.gather(stage.source.start(), stage.destination.start(scenario.destination_hold(stage)))
-        if not options.tracker:
+        if not options.tracker and options.vmm == "embedded":
             _say_tracker(say)
         await stage.boot()
         outcome = await stage.judge(await scenario.play(stage))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from migrate.bus.host import MigrateOptions
 from migrate.cli.demo import console
@@ -24,8 +24,17 @@ MACHINE = "demo"
 TICKS_BEFORE = 30
 TICKS_AFTER = 30
 DISK_BYTES = 16 << 20
+MEMORY = "256M"
 BOOT_SECONDS = 60.0
 GO_ON_SECONDS = 60.0
+
+
+class Console(Protocol):
+    """How a guest is read: console.py, or linux/console.py."""
+
+    def last_tick(self, output: Path) -> int: ...
+    def read(self, before: bytes, after: bytes | None, at_start: int) -> console.GuestReport: ...
+
 
 Event = dict[str, Any]
 Say = Callable[[str], None]
@@ -38,7 +47,8 @@ class Options:
     scenario: str = "completed"
     at: str = ""
     destination_gone: bool = False
-    memory: str = "256M"
+    memory: str = ""  #: of the guest; "" is what its VMM has for the demo
+    vmm: str = "embedded"
     dirty_rate: str = ""  #: bytes a second as "25M", "0", "max", or the guest's own default
     tracker: str = ""
     connections: int = 1
@@ -63,13 +73,20 @@ class Stage:
     said_before: bytes = b""  #: what the guest said on the destination's host before it was there last
 
     machine: str = MACHINE
+    #: How the guest speaks, and which words of a command line tell a process that executes it.
+    console: Console = console
+    executes: bytes = b"devices.vcpu"
+
+    def output(self, host: DemoHost) -> Path:
+        """Where that host keeps what the guest has said."""
+        return host.output(MACHINE)
 
     # -- the machine ---------------------------------------------------------------------------------------------------------
 
     def machine_toml(self) -> str:
         tracker = f'tracker = "{self.options.tracker}"\n' if self.options.tracker else ""
         return (
-            f'[machine]\nname = "{MACHINE}"\nmemory = "{self.options.memory}"\n\n'
+            f'[machine]\nname = "{MACHINE}"\nmemory = "{self.options.memory or MEMORY}"\n\n'
             f'[vcpu]\ncmdline = "{self.cmdline()}"\n{tracker}\n'
             '[[device]]\nid = "uart0"\ntype = "uart16550"\n\n'
             '[[device]]\nid = "rtc0"\ntype = "rtc"\n\n'
@@ -107,18 +124,18 @@ class Stage:
         path.write_text(self.machine_toml())
         await self.source.client.run_machine(str(path))
         await self._ticks(self.source, TICKS_BEFORE, BOOT_SECONDS)
-        tick = console.last_tick(self.source.output(MACHINE))
+        tick = self.console.last_tick(self.output(self.source))
         self.say(f"the guest runs on {self.source.name}: tick {tick}")
 
     async def _ticks(self, host: DemoHost, least: int, seconds: float) -> int:
         """Wait until the guest has printed a tick of at least that number there."""
         deadline = time.monotonic() + seconds
-        while (tick := console.last_tick(host.output(MACHINE))) < least:
+        while (tick := self.console.last_tick(self.output(host))) < least:
             if time.monotonic() > deadline:
                 raise FerryError(
                     f"the guest printed no tick {least} on {host.name} within {seconds:.0f} s (the last is {tick})",
                     phase=Phase.RUNNING,
-                    remedy=f"see {host.output(MACHINE)} and the logs beside it",
+                    remedy=f"see {self.output(host)} and the logs beside it",
                 )
             await asyncio.sleep(0.02)
         return tick
@@ -132,7 +149,7 @@ class Stage:
 
     async def begin(self, *, hold: str = "", doubt_seconds: int = 30) -> str:
         """Start the migration; the job's id."""
-        self.tick_at_start = console.last_tick(self.source.output(MACHINE))
+        self.tick_at_start = self.console.last_tick(self.output(self.source))
         self.say(f"migrating to {self.uri}")
         options = MigrateOptions(
             connections=self.options.connections,
@@ -185,7 +202,7 @@ class Stage:
 
     def turn_round(self) -> None:
         """The machine has moved; from now on its destination is where it came from."""
-        self.said_before = console.output_of(self.source.output(MACHINE))
+        self.said_before = console.output_of(self.output(self.source))
         self.source, self.destination = self.destination, self.source
 
     # -- what must be true afterwards ----------------------------------------------------------------------------------------
@@ -199,12 +216,12 @@ class Stage:
         if running_on == "neither":
             await self.nobody_executes([self.source, self.destination])
         else:
-            now = console.last_tick(here.output(MACHINE))
+            now = self.console.last_tick(self.output(here))
             await self._ticks(here, now + TICKS_AFTER, GO_ON_SECONDS)
             await self.nobody_executes([there])
-        first = self.said_before + console.output_of(self.source.output(MACHINE))
-        second = console.output_of(self.destination.output(MACHINE))[len(self.said_before) :]
-        report = console.read(first, second if moved else None, self.tick_at_start)
+        first = self.said_before + console.output_of(self.output(self.source))
+        second = console.output_of(self.output(self.destination))[len(self.said_before) :]
+        report = self.console.read(first, second if moved else None, self.tick_at_start)
         for key in ("job", "machine", "to", "role"):
             outcome.pop(key, None)
         return {**outcome, "guest": report.to_json(), **self.extra}
@@ -217,7 +234,7 @@ class Stage:
         outputs = {host.name: self._size(host) for host in hosts}
         busy: dict[int, int] = {}
         for host in hosts:
-            for pid in vcpus(host):
+            for pid in vcpus(host, self.executes):
                 ticks = cpu_ticks(pid)
                 if ticks is not None:
                     busy[pid] = ticks
@@ -234,7 +251,7 @@ class Stage:
 
     def _size(self, host: DemoHost) -> int:
         try:
-            return host.output(MACHINE).stat().st_size
+            return self.output(host).stat().st_size
         except FileNotFoundError:
             return 0
 
@@ -252,15 +269,15 @@ class Stage:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def vcpus(host: DemoHost) -> list[int]:
-    """Pids of the vCPU processes of a host."""
+def vcpus(host: DemoHost, executes: bytes) -> list[int]:
+    """Pids of the processes of a host that execute the guest."""
     found = []
     for pid in host.pids():
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"devices.vcpu" in words:
+        if executes in words:
             found.append(pid)
     return found
 
@@ -276,7 +293,15 @@ def keep_files(directory: Path, target: Path) -> None:
 
 
 def open_stage(options: Options, say: Say, tell: Callable[[Event], None], *, relay: bool) -> Stage:
-    """Directories and certificates; nothing is started yet."""
+    """Directories and certificates; nothing is started yet.
+
+    :raises UsageError: this host lacks what the VMM needs.
+    """
+    kind: type[Stage] = Stage
+    if options.vmm == "qemu":
+        from migrate.cli.demo.qemu_stage import QemuStage
+
+        kind = QemuStage
     directory = Path(tempfile.mkdtemp(prefix="ferry-demo-", dir=_short_tmp()))
     directory.chmod(0o700)
     keys = directory / "pki"
@@ -289,7 +314,7 @@ def open_stage(options: Options, say: Say, tell: Callable[[Event], None], *, rel
         image.truncate(DISK_BYTES)
     source = DemoHost("hosta", directory / "hosta", keys / "hosta", "hostb")
     destination = DemoHost("hostb", directory / "hostb", keys / "hostb", "hosta")
-    return Stage(
+    return kind(
         options, directory, source, destination, Relay(destination.port) if relay else None, say, tell
     )
 

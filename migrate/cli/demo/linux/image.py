@@ -51,8 +51,8 @@ def expected(block: int, generation: int) -> NDArray[np.uint64]:
     """What the guest writes: an array of sectors and words."""
     found = np.empty((_SECTORS, _WORDS), np.uint64)
     with np.errstate(over="ignore"):
-        mixed = np.uint64(block) * _A ^ np.uint64(generation) * _B
-        mixed = mixed ^ (np.arange(_SECTORS * _WORDS, dtype=np.uint64) + np.uint64(1)) * _C
+        which = np.uint64(block) * _A ^ np.uint64(generation) * _B
+        mixed = which ^ (np.arange(_SECTORS * _WORDS, dtype=np.uint64) + np.uint64(1)) * _C
     found[:] = (mixed ^ mixed >> np.uint64(29)).reshape(_SECTORS, _WORDS)
     found[:, 0], found[:, 1], found[:, 2] = MAGIC, block, generation
     found[:, 3] = np.arange(_SECTORS)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from devices.kit import Device, main
+from devices.kit.state_format import StateFormat
 from devices.protocols.vhost_user.memory import MemoryTable
 from devices.protocols.vhost_user.server import Server
 from devices.virtio import blk
@@ -62,6 +63,7 @@ class VhostUserBlk(Device):
         self._by_machine = choice(options, "lock", ("ring", "machine")) == "machine"
         self.image = Image(options["image"], read_only=switch(options, "read_only"))
         self.table = MemoryTable()
+        self._format = StateFormat(self.type, self.id)
         serial = serial_of(options, self.id, blk.ID_BYTES)
         self.core = blk.BlockCore(self.image, self.table, serial.encode(), count)
         self.queues = [SplitQueue(self.table, QUEUE_SIZE) for _ in range(count)]
@@ -115,6 +117,15 @@ class VhostUserBlk(Device):
 
     def notified(self, ring: int) -> None:
         self.runners[ring].notify()
+
+    def save_blob(self) -> bytes:
+        return self._format.write(self.save(), self._format.version.version)
+
+    def check_blob(self, blob: bytes) -> None:
+        self.check(self._format.read(blob))
+
+    def load_blob(self, blob: bytes) -> None:
+        self.load(self._format.read(blob))
 
     # -- who is served ------------------------------------------------------------------------------------------------------------
 
@@ -188,8 +199,12 @@ class VhostUserBlk(Device):
 
     def close(self) -> None:
         self._server.close()
-        for runner in self.runners:
-            runner.close()
+        # Not for ever: the process is to end, also where an image hangs.
+        if self.lock.acquire(timeout=1.0):
+            for runner in self.runners:
+                runner.close()
+                runner.rest(PATIENCE)
+            self.lock.release()
         self.image.close()
 
     # -- state ----------------------------------------------------------------------------------------------------------------

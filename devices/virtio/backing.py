@@ -123,7 +123,7 @@ class Image:
         """And with the descriptor goes the lock."""
         if self._fd >= 0:
             os.close(self._fd)
-            self._fd = -1
+            self._fd, self.locked = -1, False
 
 
 def _open(path: str, *, read_only: bool) -> int:

@@ -12,7 +12,7 @@ after which the device needs a reset. What a *request* says is judged by who car
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -73,6 +73,19 @@ class Chain(NamedTuple):
     writable: tuple[Segment, ...]
 
 
+class Journal(Protocol):
+    """Where it is noted what is in flight, for who serves the ring after a process that was killed."""
+
+    def took(self, head: int) -> None:
+        """Before anything is done for it."""
+
+    def returning(self, head: int) -> None:
+        """Before its element is in the used ring."""
+
+    def returned(self, head: int, used: int) -> None:
+        """The used index says that it is back."""
+
+
 class SplitQueue:
     """One virtqueue. All methods are called with the device's lock held; what is not said otherwise raises DriverFault."""
 
@@ -82,6 +95,7 @@ class SplitQueue:
         self.max_size = max_size
         self.event_idx = False
         self.indirect = False
+        self.journal: Journal | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -104,6 +118,16 @@ class SplitQueue:
         self.taken = self.returned = index
         self.in_flight.clear()
         self._signalled = self._deaf = None
+
+    def used_index(self) -> int:
+        """What the driver was told is back. :raise DriverFault: the ring is not in memory."""
+        return self._load(self.used + 2)
+
+    def resume(self, used: int, heads: Sequence[int]) -> None:
+        """As it was left by a process that was killed: these heads were taken, and are carried out again."""
+        self.begin_at(used)
+        self.in_flight = dict.fromkeys(heads)
+        self.taken = (used + len(heads)) & 0xFFFF
 
     def configure(self, *, event_idx: bool, indirect: bool) -> None:
         """What was negotiated."""
@@ -135,6 +159,8 @@ class SplitQueue:
         if head in self.in_flight:
             raise DriverFault(f"descriptor {head} was made available twice")
         chain = self.chain(head)
+        if self.journal is not None:
+            self.journal.took(head)
         self.in_flight[head] = None
         self.taken = (self.taken + 1) & 0xFFFF
         return chain
@@ -190,12 +216,16 @@ class SplitQueue:
     def give_back(self, head: int, written: int) -> None:
         """Complete a request: data and status are in memory and marked by now. `written`: bytes of its buffers."""
         entry = self.used + 4 + _USED.size * (self.returned % self.size)
+        if self.journal is not None:
+            self.journal.returning(head)
         try:
             self._memory.write(entry, _USED.pack(head, written))
         except MemoryFault as error:
             raise DriverFault(error.reason) from error
         self._store(self.used + 2, (self.returned + 1) & 0xFFFF)
         self.returned = (self.returned + 1) & 0xFFFF
+        if self.journal is not None:
+            self.journal.returned(head, self.returned)
         del self.in_flight[head]
 
     def wants_interrupt(self) -> bool:

@@ -45,10 +45,14 @@ class Request(IntEnum):
     SET_VRING_ENABLE = 18
     GET_CONFIG = 24
     SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
     GET_MAX_MEM_SLOTS = 36
     ADD_MEM_REG = 37
     REM_MEM_REG = 38
+    SET_DEVICE_STATE_FD = 42
+    CHECK_DEVICE_STATE = 43
 
 
 class ProtocolFeature(IntFlag):
@@ -56,8 +60,10 @@ class ProtocolFeature(IntFlag):
     LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     CONFIG = 1 << 9
+    INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
     CONFIGURE_MEM_SLOTS = 1 << 15
+    DEVICE_STATE = 1 << 19
 
 
 #: Virtio feature bits that belong to vhost and not to the device.
@@ -71,6 +77,9 @@ _TABLE: Final = struct.Struct("=II")
 _REGION: Final = struct.Struct("=QQQQ")
 _CONFIG: Final = struct.Struct("=III")
 _LOG: Final = struct.Struct("=QQ")
+#: QEMU pads it to a multiple of eight bytes.
+_INFLIGHT: Final = struct.Struct("=QQHH4x")
+_TRANSFER: Final = struct.Struct("=II")
 #: A ring's number in the low bits of a u64; there is no descriptor with it where this bit is set.
 _RING_MASK, _NO_FD = 0xFF, 0x100
 
@@ -207,6 +216,37 @@ def log_base(payload: Buffer) -> tuple[int, int]:
     _exactly(payload, _LOG.size)
     size, offset = _LOG.unpack(payload)
     return size, offset
+
+
+class Inflight(NamedTuple):
+    """Of the in-flight region: what to map of its descriptor, and for how many queues of how many entries."""
+
+    size: int
+    offset: int
+    queues: int
+    entries: int
+
+
+def inflight(payload: Buffer) -> Inflight:
+    _exactly(payload, _INFLIGHT.size)
+    return Inflight._make(_INFLIGHT.unpack(payload))
+
+
+def pack_inflight(given: Inflight) -> bytes:
+    return _INFLIGHT.pack(*given)
+
+
+#: Directions of SET_DEVICE_STATE_FD; the device is stopped in both.
+SAVE, LOAD = 0, 1
+
+
+def device_state(payload: Buffer) -> int:
+    """The direction."""
+    _exactly(payload, _TRANSFER.size)
+    direction, phase = _TRANSFER.unpack(payload)
+    if direction not in (SAVE, LOAD) or phase:
+        raise refused(f"a transfer of device state in direction {direction}, phase {phase}")
+    return int(direction)
 
 
 def _exactly(payload: Buffer, size: int) -> None:

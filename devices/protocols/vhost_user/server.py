@@ -42,15 +42,18 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the connection and removes the socket. A device that hangs is left behind after a second."""
+        """Ends the connection and removes the socket. Its thread is not waited for: it needs the lock that the caller may have."""
         self._closing = True
         os.eventfd_write(self._wake, 1)
-        if self._thread.ident is not None:
-            self._thread.join(1.0)
         self._listener.close()
         with contextlib.suppress(OSError):
             if os.stat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
+
+    def ended(self, seconds: float) -> bool:
+        """Wait for the thread. Not with the device's lock."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def drained(self) -> bool:
         """Whether all that the front end has sent by now was carried out. From any thread that has the device's lock: whoever
@@ -78,7 +81,8 @@ class Server:
             waits.register(self._wake, selectors.EVENT_READ)
             waits.register(self._listener, selectors.EVENT_READ)
             while not self._closing:
-                if not any(key.fileobj is self._listener for key, _ in waits.select()):
+                ready = waits.select()
+                if self._closing or not any(key.fileobj is self._listener for key, _ in ready):
                     continue
                 try:
                     connection, _ = self._listener.accept()
@@ -168,7 +172,12 @@ class _Reader:
             self.close()
             self.begun = False
         if answer is not None:
-            self._connection.sendall(answer)
+            try:
+                sent = socket.send_fds(self._connection, [answer.data], answer.fds) if answer.fds else 0
+            finally:
+                for fd in answer.fds:
+                    os.close(fd)
+            self._connection.sendall(answer.data[sent:])
         return True
 
     def close(self) -> None:

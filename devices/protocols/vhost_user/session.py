@@ -11,13 +11,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
+from devices.protocols.vhost_user import inflight
 from devices.protocols.vhost_user import messages as m
+from devices.protocols.vhost_user.inflight import InflightRegion
 from devices.protocols.vhost_user.log import DirtyLog
 from devices.protocols.vhost_user.memory import MAX_SLOTS, MemoryTable
 from devices.protocols.vhost_user.messages import ProtocolFeature, Request
-from devices.virtio.ring import SplitQueue
+from devices.protocols.vhost_user.transfer import NO_FD_BACK, StateTransfer
+from devices.virtio.ring import DriverFault, SplitQueue
+from migrate.errors import FerryError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ _PROTOCOL: Final = (
     | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.DEVICE_STATE
 )
 
 
@@ -56,6 +62,21 @@ class Backend(Protocol):
 
     def notified(self, ring: int) -> None: ...
     def reset(self) -> None: ...
+    def save_blob(self) -> bytes:
+        """The device's state, while all rings are stopped. :raise FerryError: it has none to give."""
+
+    def check_blob(self, blob: bytes) -> None:
+        """Would it load? :raise FerryError: why not."""
+
+    def load_blob(self, blob: bytes) -> None:
+        """Take it over; it was checked. :raise FerryError: it could not be."""
+
+
+class Reply(NamedTuple):
+    """A message back; the descriptors are the receiver's to close once they are sent."""
+
+    data: bytes
+    fds: tuple[int, ...] = ()
 
 
 class Ring:
@@ -87,8 +108,11 @@ class Session:
         self._protocol = ProtocolFeature(0)
         self.features = 0
         self.rings = [Ring() for _ in backend.queues]
+        self._inflight: InflightRegion | None = None
+        self._transfer: StateTransfer | None = None
+        self._given: list[int] = []  # descriptors of the answer that is being made
 
-    def handle(self, header: m.Header, payload: memoryview, fds: list[int]) -> bytes | None:
+    def handle(self, header: m.Header, payload: memoryview, fds: list[int]) -> Reply | None:
         """The reply, or None where there is none. Takes the descriptors that it wants out of `fds`.
 
         :raise BadRequest: the connection cannot go on.
@@ -103,10 +127,11 @@ class Session:
                 if not self._acknowledges(header):
                     raise
                 log.warning("event=refused request=%d reason=%r", header.request, error.reason)
-                return m.reply(header.request, m.pack_u64(1))
+                return Reply(m.reply(header.request, m.pack_u64(1)))
+        given, self._given = tuple(self._given), []
         if answer is not None:
-            return m.reply(header.request, answer)
-        return m.reply(header.request, m.pack_u64(0)) if self._acknowledges(header) else None
+            return Reply(m.reply(header.request, answer), given)
+        return Reply(m.reply(header.request, m.pack_u64(0))) if self._acknowledges(header) else None
 
     def _acknowledges(self, header: m.Header) -> bool:
         return header.wants_reply and bool(self._protocol & ProtocolFeature.REPLY_ACK)
@@ -131,6 +156,9 @@ class Session:
             self._backend.table.logging = False
             self._backend.table.set_log(None)
             self._backend.table.clear()
+            self._set_inflight(None)
+        if self._transfer is not None:
+            self._transfer.close()
 
     # -- features --------------------------------------------------------------------------------------------------------------
 
@@ -204,6 +232,73 @@ class Session:
 
     def _set_log_fd(self, payload: memoryview, fds: list[int]) -> None:
         """An eventfd that would say that something was logged: QEMU looks by itself."""
+
+    # -- requests in flight, and the device's own state --------------------------------------------------------------------------
+
+    def _get_inflight_fd(self, payload: memoryview, fds: list[int]) -> bytes:
+        wanted = m.inflight(payload)
+        fd, size = inflight.make(wanted.queues, wanted.entries)
+        self._given.append(fd)
+        return m.pack_inflight(m.Inflight(size, 0, wanted.queues, wanted.entries))
+
+    def _set_inflight_fd(self, payload: memoryview, fds: list[int]) -> None:
+        given = m.inflight(payload)
+        if len(fds) != 1:
+            raise m.refused(f"{len(fds)} descriptors came with the in-flight region")
+        if any(ring.started for ring in self.rings):
+            raise m.refused("the in-flight region is changed while rings run")
+        self._set_inflight(InflightRegion(fds[0], given.size, given.offset, given.queues, given.entries))
+
+    def _set_inflight(self, region: InflightRegion | None) -> None:
+        for number, queue in enumerate(self._backend.queues):
+            queue.journal = (
+                region.queues[number] if region is not None and number < len(region.queues) else None
+            )
+        before, self._inflight = self._inflight, region
+        if before is not None:
+            before.close()
+
+    def _recover(self, number: int) -> None:
+        """What another process had in flight when it was killed is carried out again, before anything new."""
+        queue = self._backend.queues[number]
+        if self._inflight is None or number >= len(self._inflight.queues):
+            return
+        try:
+            used = queue.used_index()
+        except DriverFault as error:
+            raise m.refused(error.reason) from error
+        heads = self._inflight.queues[number].recover(used)
+        if heads:
+            log.warning("event=requests-again ring=%d used=%d heads=%s", number, used, heads)
+            queue.resume(used, [head for head in heads if head < queue.size])
+
+    def _set_device_state_fd(self, payload: memoryview, fds: list[int]) -> bytes:
+        """Answers that our end of the pipe is theirs to use: bit 8, no descriptor comes back."""
+        direction = m.device_state(payload)
+        if len(fds) != 1 or any(ring.started for ring in self.rings):
+            raise m.refused("device state goes through one descriptor, while all rings are stopped")
+        if self._transfer is not None:
+            self._transfer.close()
+        try:
+            blob = self._backend.save_blob() if direction == m.SAVE else b""
+        except FerryError as error:
+            raise m.refused(error.reason) from error
+        self._transfer = StateTransfer(fds.pop(), direction, blob)
+        return m.pack_u64(NO_FD_BACK)
+
+    def _check_device_state(self, payload: memoryview, fds: list[int]) -> bytes:
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            raise m.refused("no device state was transferred")
+        try:
+            loaded = transfer.end()
+            if loaded is not None:
+                self._backend.check_blob(loaded)
+                self._backend.load_blob(loaded)
+        except FerryError as error:
+            log.error("event=device-state-refused reason=%r", error.reason)
+            return m.pack_u64(1)
+        return m.pack_u64(0)
 
     # -- rings -----------------------------------------------------------------------------------------------------------------
 
@@ -281,6 +376,7 @@ class Session:
         ring, queue = self._ring(number)
         if ring.started or not ring.enabled or ring.kick < 0 or not queue.used:
             return
+        self._recover(number)
         queue.enabled = ring.started = True
         self._backend.start_ring(number)
         log.info("event=ring-started ring=%d base=%d size=%d", number, queue.taken, queue.size)
@@ -314,8 +410,12 @@ _HANDLERS: Final[Mapping[int, Callable[[Session, memoryview, list[int]], bytes |
     Request.SET_VRING_ENABLE: Session._set_vring_enable,
     Request.GET_CONFIG: Session._get_config,
     Request.SET_CONFIG: Session._set_config,
+    Request.GET_INFLIGHT_FD: Session._get_inflight_fd,
+    Request.SET_INFLIGHT_FD: Session._set_inflight_fd,
     Request.RESET_DEVICE: Session._reset_device,
     Request.GET_MAX_MEM_SLOTS: Session._get_max_mem_slots,
     Request.ADD_MEM_REG: Session._add_mem_reg,
     Request.REM_MEM_REG: Session._rem_mem_reg,
+    Request.SET_DEVICE_STATE_FD: Session._set_device_state_fd,
+    Request.CHECK_DEVICE_STATE: Session._check_device_state,
 }

@@ -24,6 +24,9 @@ class Hold:
         """Is there a later round to wait at? Then pre-copy goes on until it, converged or not."""
         return any(point.startswith("round:") and int(point[6:]) > number for point in self._points)
 
+    def waits_at(self, point: str) -> bool:
+        return point in self._points
+
     def go_on(self) -> None:
         self._go_on.set()
 

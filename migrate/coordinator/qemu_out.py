@@ -38,6 +38,8 @@ END_SECONDS = 10.0
 PROGRESS_SECONDS = 0.25
 #: The least downtime limit that QEMU is given, ms.
 LEAST_MS = 1.0
+#: Where a test waits for a pass, bytes/s.
+HELD_RATE = 32 << 20
 
 
 async def inspect(qemu: Qemu, parts: Participants) -> Facts:
@@ -110,12 +112,19 @@ class QemuTransfer(Transfer):
         await self.link.during(self._unless_broken(self._passes()))
 
     def _limits(self, number: int) -> tuple[int, int]:
-        """For QEMU, ms and bytes/s. The least before its first pass has ended, or a later one that is wanted; but never nothing:
-        QEMU 7.2 then looks for dirty pages no more, and stops the guest with all of them left."""
-        own = max(self.policy.limit_ms - self.policy.overhead_ms, LEAST_MS)
-        if number < 1 or self.hold.wants_round_after(number):
+        """For QEMU, ms and bytes/s. The least before its first pass has ended; but never nothing: QEMU 7.2 then looks for dirty
+        pages no more, and stops the guest with all of them left."""
+        own, rate = max(self.policy.limit_ms - self.policy.overhead_ms, LEAST_MS), self.limit.rate
+        if number < 1:
             own = LEAST_MS
-        return int(min(own, MAX_DOWNTIME_MS)), int(self.limit.rate)
+        if self.hold.wants_round_after(number):  # for tests: slowly enough that none is missed
+            own, rate = LEAST_MS, min(rate or HELD_RATE, HELD_RATE)
+        return int(min(own, MAX_DOWNTIME_MS)), int(rate)
+
+    async def _tell(self, limits: tuple[int, int]) -> None:
+        if limits != self._told:
+            await self.qemu.limit(downtime_ms=limits[0], bandwidth=limits[1])
+            self._told = limits
 
     async def _passes(self) -> None:
         number, began, base = 0, time.monotonic(), 0
@@ -124,6 +133,7 @@ class QemuTransfer(Transfer):
         while True:
             now = await self.qemu.progress()
             if now.status == "pre-switchover":
+                self.outcome.ram_bytes_sent += self.relay.sent_bytes - base
                 return
             if now.status in ENDED:
                 raise self.qemu.failed(now, Phase.PRECOPY)
@@ -134,13 +144,13 @@ class QemuTransfer(Transfer):
                 began, base = time.monotonic(), base + sent
                 self._account(stats, sent)
                 self.policy.sent(sent + streamed, stats.seconds)
+                if self.hold.waits_at(f"round:{number}"):
+                    await self._tell((int(LEAST_MS), HELD_RATE // 256))  # it would converge while we wait
                 await self._enough(stats, now.remaining + sum(left.values()))
             elif time.monotonic() - told_at > PROGRESS_SECONDS:
                 told_at, sent = time.monotonic(), self.relay.sent_bytes - base
                 self.emit({"event": "progress", "n": number + 1, "sent": sent, "remaining": now.remaining})
-            if (limits := self._limits(number)) != self._told:
-                await self.qemu.limit(downtime_ms=limits[0], bandwidth=limits[1])
-                self._told = limits
+            await self._tell(self._limits(number))
             await self.qemu.changed()
 
     # -- the last pass -------------------------------------------------------------------------------------------------------

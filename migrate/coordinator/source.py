@@ -42,6 +42,7 @@ from migrate.errors import (
     TransportError,
     UsageError,
 )
+from migrate.machine.states import REMEDIES, MachineState
 from migrate.memory import CompareTracker, DirtyBitmap, GuestMemory
 from migrate.protocol import messages as m
 from migrate.protocol.states import Did, Role
@@ -97,7 +98,7 @@ class SourceMigration:
                 device=name if known else None,
                 remedy="there is nothing left to move here"
                 if state == "ended"
-                else "`ferry stop` it and start it again",
+                else REMEDIES[MachineState.FAILED],
             )
             self.cancel()
 
@@ -280,6 +281,7 @@ class SourceMigration:
         link.check()
         link.conversation.did(Did.QUIESCED)
         quiesced = time.monotonic_ns()
+        await link.during(self.hold.at("quiesced"))
         self._enter(Phase.SAVE)
         number = len(self.outcome.rounds) + 1
         (blobs, saves), sent = await link.during(transfer.last_pass(number))

@@ -223,6 +223,10 @@ class Ledger:
         """Above every epoch in which the machine was this host's. What only arrived may bear any number that a peer liked."""
         return max((record.epoch for record in self.records if record.entry not in ARRIVALS), default=0) + 1
 
+    def highest(self, entry: Entry) -> int:
+        """The highest epoch that has such a record; 0 where none has."""
+        return max((record.epoch for record in self.records if record.entry is entry), default=0)
+
     def sync_cost_ns(self) -> int:
         """How long one sync of this file takes now, in ns; a commit costs two, one on each side."""
         start = time.monotonic_ns()

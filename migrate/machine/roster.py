@@ -273,6 +273,12 @@ class Roster:
         await self.prepare(stopped_ns)
         await self.release(stopped_ns)
 
+    async def end_copying(self) -> None:
+        """Of a machine that runs, and is not migrated any more: those that stream leave PRE_COPY. Nobody else is touched."""
+        times = Times()
+        streaming = [p for p in self.devices() if p.info.streams]
+        await self._move(streaming, lambda _: DeviceState.RUNNING, times, Phase.PRECOPY)
+
     async def release_locks(self) -> None:
         """Let go of the locks on back-end files; entering RUNNING_P2P takes them again."""
         await self._each(

@@ -18,7 +18,7 @@ class MachineState(StrEnum):
     READY = "ready"  #: received and applied; the source may commit
     HELD = "held"  #: ready, and the connection is gone: kept until asked, told, or its time is up
     COMMITTED = "committed"  #: COMMITTED is written; being started
-    FAILED = "failed"  #: a participant died or cannot go on: the machine's failure, not a migration's
+    FAILED = "failed"  #: a participant died, or hangs so that nobody knows what stands still: not a migration's failure
     ENDED = "ended"
 
 
@@ -34,7 +34,7 @@ MACHINE: Final[dict[MachineState, frozenset[MachineState]]] = {
     _S.READY: frozenset({_S.COMMITTED, _S.HELD, _S.ENDED}),
     _S.HELD: frozenset({_S.COMMITTED, _S.ENDED}),
     _S.COMMITTED: frozenset({_S.RUNNING, _S.PAUSED, _S.FAILED, _S.ENDED}),
-    _S.FAILED: frozenset({_S.ENDED}),
+    _S.FAILED: frozenset({_S.RUNNING, _S.PAUSED, _S.ENDED}),
     _S.ENDED: frozenset(),
 }
 #: States in which the guest may execute here. Never true on two hosts at once: what the whole project is about.
@@ -45,7 +45,7 @@ HAS_RUN: Final = frozenset({_S.RUNNING, _S.PAUSED, _S.OUTGOING, _S.STOPPED, _S.I
 REMEDIES: Final = {
     _S.IN_DOUBT: "run `ferry recover`, or `ferry resolve` after fencing the other host",
     _S.HELD: "it waits for its source; run `ferry resolve` after fencing that host",
-    _S.FAILED: "`ferry stop` it and start it again",
+    _S.FAILED: "`ferry resume` tries again where all its processes live; else `ferry stop` it and start it again",
 }
 
 

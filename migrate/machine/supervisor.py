@@ -24,8 +24,7 @@ from migrate.memory import GuestMemory
 
 log = logging.getLogger(__name__)
 
-#: How long a READY copy without a connection is kept, s: it may be the only copy, and an operator needs time. A new manifest of the
-#: machine, a question of its source, or `ferry stop --force` ends it sooner; each writes ABORTED first, which is always safe.
+#: How long a READY copy without a connection is kept, s: an operator needs time. What ends it writes ABORTED first.
 HOLD_SECONDS = 86400.0
 RETRY_SECONDS = 1.0  #: how often a committed machine that does not start is tried again
 
@@ -48,8 +47,7 @@ class Supervisor:
         watch: Callable[[str, Callable[[], None]], Callable[[], None]],
         ping: Ping,
     ) -> None:
-        """:param changed: told (state, detail) at every change. :param watch: calls back when a bus name vanishes; answers
-        with what stops the watch. :param ping: see vigil.py."""
+        """:param changed: told (state, detail). :param watch: calls back when a bus name vanishes. :param ping: see vigil.py."""
         self.machine = machine
         self.roster = roster
         self.memory = memory
@@ -117,10 +115,10 @@ class Supervisor:
             self._enter(S.PAUSED)
 
     async def run(self) -> None:
+        """Also where a participant hung until the machine was given up, and has come back since."""
         async with self._lock:
-            self._require(S.PAUSED)
-            await self._resume_here()
-            self._enter(S.RUNNING)
+            self._require(S.PAUSED, *([] if self._dead() else [S.FAILED]))
+            await self._resume_or_stop("")
 
     async def quit(self, *, force: bool) -> None:
         """End the machine. :raises UsageError: between COMMIT and its end, unless forced."""
@@ -177,10 +175,7 @@ class Supervisor:
             await self._end_outgoing(reasons)
 
     async def commit(self, job: str, epoch: int) -> int:
-        """COMMIT into the ledger; from now on the machine does not resume by itself.
-
-        :returns: how long the machine has stood still, ns.
-        """
+        """COMMIT into the ledger; from now on the machine does not resume by itself. :returns: how long it has stood still, ns."""
         async with self._lock:
             found = self._require_job(job, S.STOPPED)
             if epoch != found.epoch:
@@ -213,7 +208,7 @@ class Supervisor:
         """The machine goes on here: resume it if it was stopped by the job, and tell everybody.
 
         :raises LedgerError: after COMMIT, if the end of the doubt cannot be written: it goes on then.
-        :raises FerryError: if a participant does not resume; the machine is then PAUSED, or FAILED where one is dead.
+        :raises FerryError: if a participant does not resume; the machine is then PAUSED, or FAILED.
         """
         job = self.job
         assert job is not None
@@ -232,7 +227,7 @@ class Supervisor:
         if job.was_paused:
             await self._halt(why[:500])  # out of STOP_COPY, where a participant is still there
         elif not stopped:
-            await self._resume_or_stop(why)  # leaves PRE_COPY where a participant is still there
+            await self._resume_or_stop(why)  # it runs; but some may be in PRE_COPY
 
     async def _resume_or_stop(self, why: str) -> None:
         """RUNNING; or else all stopped for sure, so that somebody can mend what is wrong and try again.
@@ -256,6 +251,9 @@ class Supervisor:
         self._enter(S.PAUSED, why)
 
     async def _resume_here(self) -> None:
+        if self._stopped_at is None:
+            await self.roster.end_copying()
+            return
         await self.roster.resume(self.stopped_ns())
         self._stopped_at = None
 
@@ -268,9 +266,7 @@ class Supervisor:
     async def begin_incoming(self, job: str, epoch: int, peer: str, coordinator: str) -> None:
         async with self._lock:
             self._require(S.STARTING)
-            if any(
-                record.epoch >= epoch for record in self.ledger.records if record.entry is Entry.COMMITTED
-            ):
+            if self.ledger.highest(Entry.COMMITTED) >= max(epoch, 1):
                 raise LedgerError(
                     f"this host has already committed an epoch as high as {epoch} of this machine",
                     phase=Phase.PREFLIGHT,
@@ -323,7 +319,7 @@ class Supervisor:
             return {"commit_ns": committed - heard, "resume_ns": time.monotonic_ns() - committed}
 
     async def _take_back(self) -> None:
-        """Locks that RUNNING_P2P took are let go before anybody is told ABORTED: the source takes them to resume."""
+        """Locks that RUNNING_P2P took are let go before anybody is told ABORTED."""
         try:
             await self.roster.halt()
             await self.roster.release_locks()
@@ -336,15 +332,17 @@ class Supervisor:
             try:
                 await self.roster.release(still())
             except FerryError as error:
-                dead = [child for child in self.roster.children.values() if not child.alive]
                 log.error("event=start-after-commit machine=%s error=%s", self.machine.name, error)
-                if dead:
-                    self._enter(S.FAILED, str(dead[0].obituary(Phase.RESUME)))
+                if dead := self._dead():
+                    self._enter(S.FAILED, str(dead.obituary(Phase.RESUME)))
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
             else:
                 self._enter(S.RUNNING)
                 return
+
+    def _dead(self) -> Child | None:
+        return next((child for child in self.roster.children.values() if not child.alive), None)
 
     async def abort_incoming(self, job: str, reasons: str) -> None:
         async with self._lock:
@@ -406,8 +404,7 @@ class Supervisor:
             self._note(Entry.ABORTED, job, why)
 
     def _note(self, entry: Entry, job: Job, why: str) -> None:
-        """Write what nobody waits for: RESUMED where COMMIT was not said, ABORTED of a copy that ends. A full disk is no reason
-        for a guest to stand still or for a copy to stay: what has ended without COMMITTED never runs, and an `ask` writes."""
+        """What nobody waits for: a full disk keeps no guest still and no copy. What has ended without COMMITTED never runs."""
         try:
             self.ledger.write(entry, job.name, job.epoch, peer=job.peer, detail=why[:500])
         except LedgerError as error:

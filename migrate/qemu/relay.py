@@ -290,10 +290,11 @@ class RelayIn:
     def _return_path(self) -> None:
         """What QEMU says back, until it closes its main channel."""
         connection = self._sockets[0]
-        connection.settimeout(None)
         while True:
             try:
                 data = connection.recv(BACK_BYTES)
+            except TimeoutError:
+                continue  # it has nothing to say; the timeout is another thread's, and may not be changed under it
             except OSError:
                 return
             if not data:

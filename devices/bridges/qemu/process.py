@@ -79,14 +79,15 @@ class Process:
         return self._child.poll()
 
     def last_words(self) -> str:
-        """The last line that this QEMU wrote, at most 300 characters; "" if none."""
+        """The last line that this QEMU wrote of itself, else the last at all; at most 300 characters, "" if none."""
         try:
             with self.log_path.open("rb") as file:
                 file.seek(max(self._start, file.seek(0, os.SEEK_END) - 4096))
                 lines = file.read().decode(errors="replace").splitlines()
         except OSError:
             return ""
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+        said = [line.strip()[:300] for line in lines if line.strip()]
+        return next((line for line in reversed(said) if line.startswith("qemu-")), said[-1] if said else "")
 
     def end(self) -> None:
         """SIGTERM, and SIGKILL where that is not enough."""

@@ -195,7 +195,7 @@ def hand_over(
     async def play() -> SourceMigration:
         it = SourceMigration(spec, lambda _: None, Hold([], lambda _: None))
         it._epoch, it._committing = EPOCH, True
-        agreed = Agreed({}, bytes(32), 1, THEIRS)
+        agreed = Agreed({}, bytes(32), 1, THEIRS, 16)
         async with Peer(directory / "s", words).listening(), both(Stage.READY) as (link, peer):
             if before:
                 await peer_says(peer)

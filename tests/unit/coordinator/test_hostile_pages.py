@@ -98,7 +98,7 @@ LIES = {
     "a sum that wraps": (
         table(Kind.PAGES, [(0, (1 << 64) - PAGE_SIZE), (0, 2 * PAGE_SIZE)]), RemoteProtocolError, "beyond any guest",
     ),
-    "a control frame": (frames.encode_control(b"x"), RemoteProtocolError, "a control frame came among pages"),
+    "a control frame": (frames.encode_control(b"x"), RemoteProtocolError, "a CONTROL frame came among pages"),
     "a frame of 4 GiB": (
         (lambda head: head + struct.pack(">I", zlib.crc32(head)))(struct.pack(">4sBBHI", b"VMF1", 2, 0, 0, 0xFFFFFFFF)),
         RemoteProtocolError, "claims 4294967295 bytes",

@@ -81,6 +81,10 @@ class MadeUpRoster:
         self._maybe_fail("halt")
         self.guest = "stopped"
 
+    async def end_copying(self) -> None:
+        self._maybe_fail("end_copying")
+        assert self.guest == "running", "it is asked of a machine that runs"
+
     async def release_locks(self) -> None:
         self._maybe_fail("release_locks")
         assert self.guest == "stopped", "locks are let go by what stands still"

@@ -3,7 +3,8 @@
  * Words after `--` of the kernel's command line (defaults in brackets):
  *   tick=MS [20]        a line `tick N T` that often; T is CLOCK_MONOTONIC in ms
  *   dirty=MIB [16]      an arena of that size, whose pages are verified and rewritten, `rate` of them a tick [256]
- *   disk=1 [0]          /dev/vda: blocks of 64 KiB are written, `fsync` after every eighth, and read back at random
+ *   disk=N [0]          /dev/vda and, with 2, /dev/vdb: blocks of 64 KiB are written, `fsync` after every eighth, and read back at
+ *                       random; of the second only what is corrupt is told
  *   diskmb=MIB [16]     how much of it
  *   pause=MS [5]        between two requests
  *
@@ -219,12 +220,12 @@ static void read_block(u8 *buffer, u64 block)
 	}
 }
 
-static void disk_process(u64 blocks, u64 pause)
+static void disk_process(u64 blocks, u64 pause, int tells)
 {
 	u8 *buffer = memory(BLOCK, 0), *into = memory(ARENA, 0);
 	u64 again = 0, seed = 1, slot = 0;
 	for (;;) {
-		if (shared->asked != shared->answered) {
+		if (tells && shared->asked != shared->answered) {
 			u64 seen = 0;
 			CALL(SYS_fsync, disk, 0, 0);
 			shared->synced = again;
@@ -243,6 +244,8 @@ static void disk_process(u64 blocks, u64 pause)
 			long result = CALL(SYS_fsync, disk, 0, 0);
 			if (result)
 				errno_of(result);
+			if (!tells)
+				continue;
 			shared->synced = again;
 			put(&line, "synced ");
 			number(&line, again);
@@ -344,9 +347,9 @@ void main(char **argv)
 	generation = memory(pages * 8 + PAGE, 0);
 	for (u64 page = 0; page < pages; page++)
 		fill(page);
-	if (on) {
+	for (u64 which = 0; which < on && which < 2; which++) {
 		for (u64 tries = 0; tries < 200; tries++) {
-			disk = (int)CALL(SYS_open, "/dev/vda", 02 | 040000, 0); /* O_RDWR, O_DIRECT */
+			disk = (int)CALL(SYS_open, which ? "/dev/vdb" : "/dev/vda", 02 | 040000, 0); /* O_RDWR, O_DIRECT */
 			if (disk >= 0)
 				break;
 			sleep_ms(10);
@@ -354,9 +357,9 @@ void main(char **argv)
 		if (disk < 0)
 			errno_of(disk);
 		else {
-			shared->on_disk = 1;
+			shared->on_disk |= !which;
 			if (!CALL(SYS_fork, 0, 0, 0))
-				disk_process(blocks > MAX_BLOCKS ? MAX_BLOCKS : blocks, pause);
+				disk_process(blocks > MAX_BLOCKS ? MAX_BLOCKS : blocks, pause, !which);
 		}
 	}
 	struct line line = { .size = 0 };

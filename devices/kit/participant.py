@@ -35,6 +35,8 @@ class Participant:
 
     #: Name of the schema (schemas/<type>.toml) that `save` and `load` speak.
     type: ClassVar[str]
+    #: Whether QEMU's dbus-vmstate may carry it, if it is small enough.
+    for_qemu: ClassVar[bool] = True
     #: Whether it writes guest memory, and so needs a dirty tracker.
     writes_memory: ClassVar[bool] = False
 

@@ -72,7 +72,9 @@ class Service:
         """The well-known names to queue for, in this order: whoever finds the second finds the first as well."""
         # QEMU drops a helper with a larger state from its stream and loses the guest by it.
         fits_qemu = (
-            not self._runtime.streams and self._runtime.format.version.max_size + _ENVELOPE <= MAX_BLOB
+            self._runtime.participant.for_qemu
+            and not self._runtime.streams
+            and self._runtime.format.version.max_size + _ENVELOPE <= MAX_BLOB
         )
         return (DEVICE, VMSTATE) if fits_qemu else (DEVICE,)
 

@@ -128,8 +128,8 @@ class Participants:
 
     @property
     def carried(self) -> list[Member]:
-        """Those whose blobs go by us."""
-        return [member for member in self.members if not self.by_qemu or member.id == VCPU_ID]
+        """Those whose blobs go by us. QEMU's dbus-vmstate takes neither QEMU's own nor what streams."""
+        return [m for m in self.members if not self.by_qemu or m.id == VCPU_ID or m.info.streams]
 
     async def map_memory(self) -> GuestMemory:
         """The machine's memory, mapped here; the caller closes it."""

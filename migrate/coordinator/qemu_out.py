@@ -105,6 +105,7 @@ class QemuTransfer(Transfer):
         """Until QEMU has stopped its guest. :raises NotConvergingError: if it never will."""
         gc.freeze()
         await self.link.during(self._rehearse(self.policy))
+        self._unless_hopeless(self.policy.decide(0, 0.0))  # QEMU knows nothing of what its devices cost
         self.relay.start()
         downtime, bandwidth = self._limits(0)
         await self.qemu.outgoing(self.facts, self.relay.path, self.multifd, downtime, bandwidth)

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from migrate.coordinator.convergence import Convergence, Verdict
+from migrate.coordinator.convergence import Convergence, Decision, Verdict
 from migrate.coordinator.hold import Hold
 from migrate.coordinator.link import Link, PeerRejected
 from migrate.coordinator.outcome import Emit, Outcome, RoundStats
@@ -76,16 +76,20 @@ class Transfer(ABC):
             }
         )  # fmt: skip
         await self.link.during(self.hold.at(f"round:{number}"))
+        self._unless_hopeless(decision)
+        if decision.why:
+            self.emit({"event": "warning", "warning": decision.why})
+        return decision.verdict is Verdict.SWITCH_OVER and not self.hold.wants_round_after(number)
+
+    def _unless_hopeless(self, decision: Decision) -> None:
         if decision.verdict is Verdict.GIVE_UP:
+            policy = self.policy
             raise NotConvergingError(
                 decision.why,
                 phase=Phase.PRECOPY,
                 device=policy.slowest if policy.overhead_ms > policy.limit_ms else None,
                 remedy="raise --downtime, add --connections, or slow the guest down",
             )
-        if decision.why:
-            self.emit({"event": "warning", "warning": decision.why})
-        return decision.verdict is Verdict.SWITCH_OVER and not self.hold.wants_round_after(number)
 
     async def _send_chunks(self, left: dict[str, int], phase: Phase) -> int:
         size = 0

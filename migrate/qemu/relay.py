@@ -130,6 +130,10 @@ class RelayOut:
             except OSError:
                 size = 0  # QEMU has given up: what became of it is told by its monitor
             stopped = self._stopped
+            if not size and not stopped:
+                # What it was is told by its monitor or by its end; the destination is not to be told of it as the end of a stream.
+                time.sleep(LAST_WORDS_SECONDS)
+                raise DeviceGone("QEMU has closed its migration's channel early", phase=Phase.PRECOPY)
             buffer[:_HEAD] = frames.encode_relay(number, size, digested=stopped)
             if stopped:
                 digest.update(buffer[_HEAD : _HEAD + size])

@@ -48,6 +48,8 @@ needs_qemu = pytest.mark.skipif(bool(missing()), reason=missing())
 class QemuHost(Host):
     """As a Host; its guests speak on QEMU's serial port."""
 
+    carried_by = "ferry"  #: `state` of the [qemu] tables
+
     def console(self, name: str = MACHINE) -> bytes:
         path = self.directory / "machines" / name / "console.out"
         return path.read_bytes() if path.exists() else b""
@@ -85,7 +87,8 @@ class QemuHost(Host):
         """Its host.toml; read anew for each machine that arrives, but for its [qemu], which a daemon reads when it starts."""
         self.directory.mkdir(exist_ok=True)
         (self.directory / "host.toml").write_text(
-            f'images = ["{self.pen.directory}/storage"]\n[qemu.{MACHINE}]\ncommand = {json.dumps(command)}\n{more}'
+            f'images = ["{self.pen.directory}/storage"]\n[qemu.{MACHINE}]\n'
+            f'state = "{self.carried_by}"\ncommand = {json.dumps(command)}\n{more}'
         )
 
     def rings(self, device: str = "disk0") -> list[tuple[datetime, bool]]:
@@ -105,6 +108,9 @@ class World:
     ) -> None:
         self.pen = pen
         self.disks, self.state = disks, state
+        self.memory = (
+            MEMORY if disks == 1 else "196616K"
+        )  # each disk's process in the guest has a buffer of 32 MiB
         self.disk_command = disk_command
         keys = keys_for(pen, "hosta", "hostb")
         (pen.directory / "storage").mkdir()
@@ -122,18 +128,19 @@ class World:
         self.b = QemuHost(pen, "hostb", keys=keys["hostb"])
         self.hosts = (self.a, self.b)
         for host in self.hosts:
+            host.carried_by = state
             host.write_toml(self.command)
             host.start()
         self.toml = pen.directory / "machine.toml"
 
-    def write_machine(self, *, memory: str = MEMORY, command: list[str] | None = None) -> None:
+    def write_machine(self, *, memory: str = "", command: list[str] | None = None) -> None:
         own = f"command = {json.dumps(self.disk_command)}\n" if self.disk_command else ""
         disks = "".join(
             f'[[device]]\nid = "disk{number}"\ntype = "vhost-user-blk"\nimage = "{path}"\n{own}'
             for number, path in enumerate(self.images)
         )
         self.toml.write_text(
-            f'[machine]\nname = "{MACHINE}"\nmemory = "{memory}"\n'
+            f'[machine]\nname = "{MACHINE}"\nmemory = "{memory or self.memory}"\n'
             f'[qemu]\ncommand = {json.dumps(command or self.command)}\nstate = "{self.state}"\n{disks}'
             '[[device]]\nid = "rtc0"\ntype = "rtc"\n[[device]]\nid = "uart0"\ntype = "uart16550"\n'
         )

@@ -55,7 +55,7 @@ class Monitor:
             try:
                 await asyncio.wait_for(self._qmp.connect(path), max(deadline - time.monotonic(), 0.1))
                 break
-            except (QMPError, OSError) as error:
+            except (QMPError, OSError, EOFError) as error:
                 if not alive():
                     raise DeviceGone(
                         "QEMU ended before its monitor answered", device=self.device, phase=Phase.SETUP
@@ -117,7 +117,7 @@ class Monitor:
                 device=self.device,
                 remedy="these are QEMU's own words; see its log beside this one",
             ) from None
-        except (QMPError, OSError) as error:
+        except (QMPError, OSError, EOFError) as error:
             raise DeviceGone(
                 f"QEMU's monitor was lost at {command}: {error}", device=self.device, remedy="see QEMU's log"
             ) from None
@@ -140,7 +140,7 @@ class Monitor:
         async def end() -> None:
             try:
                 await asyncio.wait_for(self._qmp.disconnect(), 1.0)
-            except (QMPError, OSError, TimeoutError, asyncio.CancelledError) as error:
+            except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
                 log.debug("event=monitor-closed why=%r", str(error))
 
         try:

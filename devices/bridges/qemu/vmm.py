@@ -56,6 +56,8 @@ _POLL: Final = 0.002
 
 class QemuVmm(Participant):
     type: ClassVar[str] = "qemu"
+    #: It would carry itself.
+    for_qemu: ClassVar[bool] = False
 
     def __init__(self, identity: str, platform: Platform, directory: Path, *, incoming: bool) -> None:
         super().__init__(identity)

@@ -173,7 +173,8 @@ class Connection:
                 self._send(
                     HEADER.pack(number, command, HEADER_SIZE + len(payload), 0, 0) + payload, fds, deadline
                 )
-                reply = self._receive(deadline)
+                # What the device asks may have come together with the last reply, and it waits for the answer.
+                reply = self._next(deadline) if self._assembler.pending else self._receive(deadline)
                 if not reply.header.flags & TYPE_MASK:
                     reply = self._serve(reply, deadline)
             except (OSError, FerryError) as error:

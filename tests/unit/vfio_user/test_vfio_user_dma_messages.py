@@ -298,6 +298,35 @@ def test_the_specifications_short_count_in_the_reply_to_a_write_is_understood(
     serving.gone()
 
 
+def test_in_line_what_came_together_with_a_reply_is_answered_in_the_next_call(short_dir: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(short_dir / "s"))
+    listener.listen()
+    answered: list[int] = []
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, listener:
+            assembler = Assembler()
+            replies = [v.Version(0, 1, v.OURS).encode(), b"", m.ACCESS.pack(0, 0, 1) + b"x"]
+            for number, payload in enumerate(replies, 1):
+                reply = m.message(number, (1, Command.DMA_MAP, 9)[number - 1], payload, m.REPLY)
+                Raw._next(connection, assembler)
+                if number == 3:
+                    # Only now, and before the reply: a device that waits for its memory.
+                    answered.append(Raw._next(connection, assembler).header.id)
+                asked = m.message(77, Command.DMA_READ, m.DMA.pack(0, 4)) if number == 2 else b""
+                connection.sendall(reply + asked)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with Client.connect(str(short_dir / "s"), timeout=2) as client:
+        client.dma_share(0, bytearray(PAGE))
+        assert client.region_read(0, 0, 1) == ord("x")
+    thread.join()
+    assert answered == [77]
+
+
 def test_in_line_commands_that_were_sent_ahead_wait_and_keep_their_order(serving: Serving) -> None:
     raw = Raw(serving, twin=False)
     raw.copy(3)
@@ -320,6 +349,7 @@ def test_in_line_a_client_cannot_send_ahead_without_end(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_link, "MAX_AHEAD", 10_000)
+    monkeypatch.setattr(client_link.ClientLink.__init__, "__defaults__", (60.0,))
     raw = Raw(serving, twin=False)
     raw.copy()
     raw.asked()

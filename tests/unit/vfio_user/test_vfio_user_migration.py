@@ -578,6 +578,8 @@ def test_a_reset_leads_to_running_from_every_state(running: Many, state: Migrati
         one.migration.read(PAGE)
     one.client.reset()
     assert one.migration.state() is S.RUNNING
+    assert one.device.streamed is not None
+    assert not one.device.streamed.open
     assert one.client.region_read(0, 0x40, 8) == 0
     with pytest.raises(RequestRefused, match="EINVAL"):
         one.migration.read(4)

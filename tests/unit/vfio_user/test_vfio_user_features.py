@@ -8,6 +8,8 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from vfio_user_talk import EVERYTHING, Talk
 
 from devices.protocols.vfio_user import feature_messages as f
@@ -387,3 +389,30 @@ def test_a_client_that_goes_takes_its_log_with_it_and_the_migration_is_told(talk
     talk.session.close()
     assert talk.backend.log is None
     assert talk.migration.gone == 1
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*TABLE, 3, 0xFFFF]),
+            st.sampled_from([GET, SET, PROBE, PROBE | GET]),
+            st.binary(max_size=40)
+            | st.builds(
+                lambda *numbers: struct.pack("=QQQ", *numbers),
+                *[st.sampled_from([0, 1, 4096, WINDOW, 65536, 2**38, 2**40, 2**63, 2**64 - 4096])] * 3,
+            ),
+            st.sampled_from([0, 8, 40, 1 << 20]),
+        ),
+        max_size=8,
+    )
+)
+def test_whatever_is_asked_of_features_is_answered_and_is_no_fault_of_ours(
+    asked: list[tuple[int, int, bytes, int]],
+) -> None:
+    talk = MigratableTalk()
+    talk.map()
+    for index, operations, data, room in asked:
+        if talk.backend.log is not None:
+            talk.backend.log.mark(WINDOW + 4 * K, 5)
+        assert talk.feature(index, operations, data, room) not in (errno.EIO, errno.EBUSY)
+    talk.session.close()

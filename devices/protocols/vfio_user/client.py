@@ -86,10 +86,25 @@ class Client(Pipelining):
     def irq_info(self, index: int) -> IrqInfo:
         return IrqInfo.decode(self._call(Command.DEVICE_GET_IRQ_INFO, IrqInfo(index).encode()))
 
-    def dma_map(self, address: int, size: int, fd: int, offset: int = 0, *, writable: bool = True) -> None:
-        """Let the device reach `size` bytes of `fd` from `offset` on at guest physical `address`. `fd` stays the caller's."""
+    def dma_map(
+        self,
+        address: int,
+        size: int,
+        fd: int,
+        offset: int = 0,
+        *,
+        writable: bool = True,
+        memory: Buffer | None = None,
+    ) -> None:
+        """Let the device reach `size` bytes of `fd` from `offset` on at guest physical `address`. `fd` stays the caller's.
+
+        :param memory: the same bytes in this process, for a server that asks for them by messages all the same.
+        """
         flags = DmaFlags.READ | DmaFlags.WRITE if writable else DmaFlags.READ
-        self._call(Command.DMA_MAP, DmaMap(flags, offset, address, size).encode(), (fd,))
+        if memory is None:
+            self._call(Command.DMA_MAP, DmaMap(flags, offset, address, size).encode(), (fd,))
+        else:
+            self._map_shared(DmaMap(flags, offset, address, size), memoryview(memory).cast("B")[:size], (fd,))
 
     def dma_share(self, address: int, memory: Buffer, *, writable: bool = True) -> None:
         """The same for memory of this process that has no descriptor: the device asks for every access by a message.
@@ -99,12 +114,16 @@ class Client(Pipelining):
         """
         flags = DmaFlags.READ | DmaFlags.WRITE if writable else DmaFlags.READ
         view = memoryview(memory).cast("B")
-        # Before the device may ask for it; taken back if it does not want it.
-        self.shared.add(address, view, writable=writable)
+        self._map_shared(DmaMap(flags, 0, address, len(view)), view, ())
+
+    def _map_shared(self, window: DmaMap, view: memoryview, fds: Sequence[int]) -> None:
+        # Before the device may ask for it; taken back if it does not want it, and not over what is there already.
+        fresh = self.shared.add(window.address, view, writable=bool(window.flags & DmaFlags.WRITE))
         try:
-            self._call(Command.DMA_MAP, DmaMap(flags, 0, address, len(view)).encode())
+            self._call(Command.DMA_MAP, window.encode(), fds)
         except FerryError:
-            self.shared.remove(address)
+            if fresh:
+                self.shared.remove(window.address)
             raise
 
     def dma_unmap(self, address: int, size: int) -> None:

@@ -42,9 +42,12 @@ class SharedByMessage:
         self._lock = threading.Lock()
         self._windows: dict[int, tuple[memoryview, bool]] = {}
 
-    def add(self, address: int, memory: memoryview, *, writable: bool) -> None:
+    def add(self, address: int, memory: memoryview, *, writable: bool) -> bool:
+        """False: there is one at this address, which stays as it is."""
         with self._lock:
-            self._windows[address] = memory, writable
+            fresh = address not in self._windows
+            self._windows.setdefault(address, (memory, writable))
+            return fresh
 
     def remove(self, address: int) -> None:
         with self._lock:

@@ -374,6 +374,37 @@ def test_a_client_that_takes_no_data_has_no_memory_to_ask_for() -> None:
     assert talk.ask(Command.DMA_MAP, m.DmaMap(3, 0, 0, PAGE).encode()) == errno.ENOTSUP
 
 
+def test_a_window_that_overlaps_is_not_shared_and_the_one_before_it_still_is(serving: Serving) -> None:
+    first = bytearray(b"abcd" + bytes(2 * PAGE - 4))
+    with serving.client(twin=True) as client:
+        client.dma_share(0, first)
+        for address in (0, PAGE):
+            with pytest.raises(RequestRefused, match="EEXIST"):
+                client.dma_share(address, bytearray(2 * PAGE))
+        client.region_write(0, COPY, 4, 4)
+    assert first[PAGE : PAGE + 4] == b"abcd"
+
+
+def test_a_window_with_a_descriptor_can_be_asked_for_by_messages_as_well(serving: Serving) -> None:
+    def ask(client: Client) -> int:
+        payload = m.DMA.pack(PAGE, 4)
+        asked = Message(m.Header(1, Command.DMA_READ, 32, 0, 0), memoryview(payload), [])
+        reply = client.shared.answer(asked)
+        assert reply is not None
+        return m.Header._make(m.HEADER.unpack_from(reply)).error
+
+    fd = os.memfd_create("x")
+    with serving.client(twin=False) as client:
+        client.dma_map(0, 2 * PAGE, fd)
+        assert ask(client) == errno.EINVAL
+        client.dma_unmap(0, 2 * PAGE)
+        client.dma_map(0, 2 * PAGE, fd, memory=bytearray(2 * PAGE))
+        assert ask(client) == 0
+        client.dma_unmap_all()
+        assert ask(client) == errno.EINVAL
+    os.close(fd)
+
+
 # -- negotiation -------------------------------------------------------------------------------------------------------------------
 
 

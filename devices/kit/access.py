@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Protocol
 
 from migrate.errors import MemoryFault, Phase
 from migrate.memory.addresses import GuestAddress, RegionOffset
@@ -32,6 +33,29 @@ class Window:
         return self.address <= gpa and gpa + length <= self.address + self.size
 
 
+class Remote(Protocol):
+    """Memory that this process cannot map and asks its VMM for (devices.protocols.vfio_user.backend.RemoteMemory)."""
+
+    def read(self, address: int, size: int) -> bytes: ...
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None: ...
+
+
+@dataclass(slots=True)
+class RemoteWindow:
+    """What a VMM gave without a descriptor."""
+
+    address: int
+    size: int
+    writable: bool
+    memory: Remote
+
+
+class WriteLog(Protocol):
+    """Where a VMM reads what was written, by the addresses it was written at (devices.protocols.vfio_user.dma_log)."""
+
+    def mark(self, address: int, length: int) -> None: ...
+
+
 class MemoryAccess:
     """All methods are called with the participant's lock held."""
 
@@ -43,21 +67,32 @@ class MemoryAccess:
         self.tracker: Tracker | None = None
         #: Set where a VMM decides what may be touched: then only its windows are open.
         self.by_windows = False
+        #: A VMM's log of what is written to its windows, beside the tracker and whatever that does.
+        self.log: WriteLog | None = None
         self._windows: list[Window] = []
+        self._remote: list[RemoteWindow] = []
 
     # -- for devices ------------------------------------------------------------------------------------------------------
 
     def read(self, gpa: int, size: int) -> bytes:
         """:raise MemoryFault: not all of it is guest memory that this device may read."""
+        if self._remote and (remote := self._remote_at(gpa, size, write=False)) is not None:
+            return remote.memory.read(gpa, size)
         region, offset = self._locate(gpa, size, write=False)
         return bytes(region.view[offset : offset + size])
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store, then mark it dirty; only then may the device show that it is done (an interrupt, a used ring).
 
-        :raise MemoryFault: not all of it is guest memory that this device may write. Nothing was written.
+        :raise MemoryFault: not all of it is guest memory that this device may write. Nothing was written, unless the
+            memory is a VMM's own and the VMM failed underway.
         """
         self._require_writer()
+        if self._remote and (remote := self._remote_at(gpa, len(data), write=True)) is not None:
+            if self.log is not None:
+                self.log.mark(gpa, len(data))
+            remote.memory.write(gpa, data)
+            return
         region, offset = self._locate(gpa, len(data), write=True)
         tracker = self.tracker
         if tracker is not None and tracker.needs_marks:
@@ -66,13 +101,16 @@ class MemoryAccess:
                 tracker.mark(GuestAddress(region.gpa + offset), len(data))
         else:
             region.view[offset : offset + len(data)] = data
+        if self.log is not None:
+            self.log.mark(gpa, len(data))
 
     def view(self, gpa: int, size: int, *, write: bool) -> memoryview:
         """The bytes themselves, for system calls that read or store them; a store needs `wrote` afterwards.
 
-        It may outlast the lock, but not what `Device.before_unmap` waits for.
+        It may outlast the lock, but not what `Device.before_unmap` waits for. Every store is followed by `wrote`, whatever
+        tracks it.
 
-        :raise MemoryFault: not all of it is guest memory that this device may read, or write.
+        :raise MemoryFault: not all of it is guest memory that this device may read, or write; or it cannot be mapped here.
         """
         if write:
             self._require_writer()
@@ -88,6 +126,8 @@ class MemoryAccess:
         if tracker is not None and tracker.needs_marks:
             region, offset = self._locate(gpa, size, write=True)
             tracker.mark(GuestAddress(region.gpa + offset), size)
+        if self.log is not None:
+            self.log.mark(gpa, size)
 
     def _require_writer(self) -> None:
         if not self._writes:
@@ -96,6 +136,13 @@ class MemoryAccess:
                 remedy="set writes_memory = True in its class",
                 phase=Phase.RUNNING,
             )
+
+    def _remote_at(self, gpa: int, length: int, *, write: bool) -> RemoteWindow | None:
+        for window in self._remote:
+            inside = window.address <= gpa and gpa + length <= window.address + window.size
+            if inside and (window.writable or not write):
+                return window
+        return None
 
     def _locate(self, gpa: int, length: int, *, write: bool) -> tuple[Region, int]:
         if not self.by_windows:
@@ -136,7 +183,12 @@ class MemoryAccess:
         region = Region(GuestAddress(address), size, fd, RegionOffset(offset))
         self._windows.append(Window(address, size, writable, region, 0, private=True))
 
+    def map_remote(self, address: int, size: int, memory: Remote, *, writable: bool) -> None:
+        """A window without memory of its own: it can be read and written, and no view of it can be had."""
+        self._remote.append(RemoteWindow(address, size, writable, memory))
+
     def unmap_window(self, address: int, size: int) -> None:
+        self._remote = [one for one in self._remote if (one.address, one.size) != (address, size)]
         for window in self._windows:
             if (window.address, window.size) == (address, size):
                 self._windows.remove(window)
@@ -147,7 +199,9 @@ class MemoryAccess:
     @property
     def has_private_windows(self) -> bool:
         """Memory may be written here that the machine's page numbers do not cover."""
-        return any(window.private and window.writable for window in self._windows)
+        return any(window.private and window.writable for window in self._windows) or any(
+            window.writable for window in self._remote
+        )
 
 
 def _inside(region: Region, fd: int, offset: int, size: int) -> int | None:

@@ -36,6 +36,7 @@ from devices.kit.irq import Irq
 from devices.kit.participant import Participant
 from devices.kit.stream import StreamedMemory
 from devices.kit.timers import Timer, Timers
+from devices.protocols.vfio_user.region_messages import IoEventfd, RegionMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,16 @@ class Device(Participant):
 
     def before_unmap(self) -> None:
         """A VMM takes guest memory back. When this returns, no view of it is in use any more, whatever is in flight."""
+
+    def region_memory(self, region: int) -> RegionMemory | None:
+        """What of a region a VMM may map, in place of `read` and `write`. It writes there unseen: what is in it belongs into
+        `save`, and not into memory that is streamed while the machine runs."""
+        return None
+
+    def io_fds(self, region: int) -> Sequence[IoEventfd]:
+        """Eventfds of the device's own that a VMM may signal in place of a `write`. Whoever has some listens to them, and has
+        done all that was signalled when `stop` returns."""
+        return ()
 
     def windows_changed(self) -> None:
         """A VMM has given guest memory, or taken some back."""

@@ -8,11 +8,12 @@ import os
 class Irq:
     """Raised under the device's lock; the eventfd comes and goes with the VMM (SET_IRQS)."""
 
-    __slots__ = ("_eventfd", "_held", "raised")
+    __slots__ = ("_eventfd", "_held", "_masked", "raised")
 
     def __init__(self) -> None:
         self._eventfd: int | None = None
         self._held = False
+        self._masked = False
         #: An edge that nobody has been told of yet.
         self.raised = False
 
@@ -33,6 +34,11 @@ class Irq:
         self._held = held
         self._deliver()
 
+    def mask(self, masked: bool) -> None:
+        """The VMM wants to hear nothing for now: an edge is kept until mask(False)."""
+        self._masked = masked
+        self._deliver()
+
     def forget(self) -> None:
         """Power-on: an edge that nobody was told of is gone."""
         self.raised = False
@@ -42,6 +48,6 @@ class Irq:
         return self._eventfd is not None
 
     def _deliver(self) -> None:
-        if self.raised and not self._held and self._eventfd is not None:
+        if self.raised and not self._held and not self._masked and self._eventfd is not None:
             os.eventfd_write(self._eventfd, 1)
             self.raised = False

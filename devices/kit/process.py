@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from devices.kit.device import Device
 from devices.kit.participant import Participant
-from devices.kit.runtime import Runtime
+from devices.kit.runtime import BUS, VFIO_USER, Runtime
 from devices.kit.service import ControlThread, Service
 from devices.kit.tracking import COMPARE
 from devices.kit.vfio_user import VfioUserBackend
@@ -78,6 +78,12 @@ def main(device_class: type[Device], argv: Sequence[str] | None = None) -> NoRet
     """A device's whole process."""
     parser = argument_parser(device_class.type, sys.modules[device_class.__module__].__doc__)
     parser.add_argument("--socket", metavar="PATH", help="serve vfio-user on this Unix socket")
+    parser.add_argument(
+        "--migration",
+        choices=(BUS, VFIO_USER),
+        default=BUS,
+        help="who moves it: the supervisor of its machine, over the bus, or the VMM, over vfio-user; default: bus",
+    )
     known = "; ".join(f"{name}: {text}" for name, text in device_class.options.items())
     parser.add_argument(
         "--option",
@@ -105,7 +111,9 @@ def _serve_device(device_class: type[Device], arguments: argparse.Namespace) -> 
             f"{device_class.__name__}.streams is {device_class.streams}, and its setup() says otherwise",
             remedy="set `streams = True` if and only if setup() calls self.stream()",
         )
-    runtime = _runtime(device, arguments)
+    if arguments.migration == VFIO_USER and not arguments.socket:
+        raise UsageError("--migration vfio-user without a socket", remedy="give --socket PATH")
+    runtime = _runtime(device, arguments, arguments.migration)
     server = Server(arguments.socket, VfioUserBackend(device, runtime)) if arguments.socket else None
     _serve(device, runtime, arguments, server)
 
@@ -121,7 +129,10 @@ def _serve(
             runtime.start()
         if server is not None:
             server.start()
-        asyncio.run(_follow_bus(Service(runtime, ControlThread()), _address(arguments)))
+        if runtime.moved_by == VFIO_USER and not _find_address(arguments):
+            asyncio.run(_until_told(asyncio.Event()))
+        else:
+            asyncio.run(_follow_bus(Service(runtime, ControlThread()), _address(arguments)))
     finally:
         if server is not None:
             server.close()
@@ -136,12 +147,23 @@ def _serve(
 # -- the bus ---------------------------------------------------------------------------------------------------------------
 
 
-async def _follow_bus(service: Service, address: str) -> None:
-    """Be on the bus until SIGTERM or SIGINT. Where it dies, state and memory are kept and it is looked for again."""
-    stop = asyncio.Event()
+def _on_signal(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+
+
+async def _until_told(stop: asyncio.Event) -> None:
+    """Without a bus: a device that its VMM moves needs none."""
+    _on_signal(stop)
+    log.info("event=ready bus=none")
+    await stop.wait()
+
+
+async def _follow_bus(service: Service, address: str) -> None:
+    """Be on the bus until SIGTERM or SIGINT. Where it dies, state and memory are kept and it is looked for again."""
+    stop = asyncio.Event()
+    _on_signal(stop)
     interfaces = device_interfaces(service)
     found, pause = False, _RETRY_FIRST
     while not stop.is_set():
@@ -178,10 +200,15 @@ async def _first(*awaitables: object) -> None:
         task.cancel()
 
 
-def _address(arguments: argparse.Namespace) -> str:
-    address: str | None = arguments.bus
+def _find_address(arguments: argparse.Namespace) -> str:
+    address: str = arguments.bus or ""
     for name in _ADDRESS_VARIABLES:
-        address = address or os.environ.get(name)
+        address = address or os.environ.get(name, "")
+    return address
+
+
+def _address(arguments: argparse.Namespace) -> str:
+    address = _find_address(arguments)
     if not address:
         raise UsageError(
             "no address of a message bus",
@@ -232,8 +259,10 @@ def _log_to_stderr(device: str, *, verbose: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
 
 
-def _runtime(participant: Participant, arguments: argparse.Namespace) -> Runtime:
-    return Runtime(participant, tracker=arguments.tracker, max_version=arguments.max_version)
+def _runtime(participant: Participant, arguments: argparse.Namespace, moved_by: str = BUS) -> Runtime:
+    return Runtime(
+        participant, tracker=arguments.tracker, max_version=arguments.max_version, moved_by=moved_by
+    )
 
 
 def _options(device_class: type[Device], pairs: Sequence[str]) -> dict[str, str]:

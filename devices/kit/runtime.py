@@ -27,21 +27,31 @@ log = logging.getLogger(__name__)
 
 _S = DeviceState
 _STOPPED: Final = frozenset({_S.STOP, _S.STOP_COPY})
+#: Who moves a participant between states and carries its state: its machine's supervisor, or a VMM (docs/vfio-user.md).
+BUS: Final = "bus"
+VFIO_USER: Final = "vfio-user"
 
 
 class Runtime:
     """One participant, from start to end of its process."""
 
     def __init__(
-        self, participant: Participant, *, tracker: str | None = None, max_version: int | None = None
+        self,
+        participant: Participant,
+        *,
+        tracker: str | None = None,
+        max_version: int | None = None,
+        moved_by: str = BUS,
     ) -> None:
         """
         :param tracker: "scan", "log", "compare" (by the coordinator: none here), or None for the best that works.
         :param max_version: behave as the release that had this version of the schema and knew no later one.
         :raise SchemaError: the type has no schema. TrackerError: the tracker wanted does not work here. UsageError: there
             is no such version.
+        :param moved_by: BUS or VFIO_USER; the other one may look, and is refused what would change something.
         """
         self.participant = participant
+        self.moved_by = moved_by
         self.format = StateFormat(participant.type, participant.id, max_version)
         self.tracking = Tracking(participant, tracker)
         self._staged: dict[str, Any] | None = None
@@ -134,6 +144,29 @@ class Runtime:
             elif participant.streamed is not None and participant.state in SAVING_GROUP:
                 participant.streamed.begin()
             return True
+
+    def reset_to_running(self) -> None:
+        """For a VMM that moves the device: power-on state and RUNNING, from every state (vfio-user.rst, ERROR).
+
+        :raise DeviceRefused: a hook failed: it then stands where that left it.
+        """
+        participant = self.participant
+        with participant.lock:
+            with self._blame("reset", Phase.RUNNING):
+                participant.reset()
+            participant._forget_edges()
+            if participant.state in SAVING_GROUP:
+                self._end_saving(0)
+            self._staged, self._applied, participant.why_in_error = None, False, ""
+            participant.state = _AFTER_RESET.get(participant.state, participant.state)
+            self.set_state(_S.RUNNING)
+
+    def begin_anew(self) -> None:
+        """In RESUMING: forget what came so far."""
+        with self.participant.lock:
+            self._require_resuming("a state is awaited")
+            with self._blame("reset", Phase.LOAD):
+                self._begin_resuming(0)
 
     # -- memory -----------------------------------------------------------------------------------------------------------
 
@@ -295,9 +328,15 @@ class Runtime:
         try:
             with self.participant.lock:
                 self._require_resuming("streamed state is taken")
-                self._streamed(Phase.LOAD).write_chunk(read_sealed(fd, size, limit=MAX_CHUNK))
+                self.take_chunk(read_sealed(fd, size, limit=MAX_CHUNK))
         finally:
             os.close(fd)
+
+    def take_chunk(self, chunk: bytes) -> None:
+        """:raise DeviceRefused: it has no streamed state, does not wait for any, or this is no chunk that fits."""
+        with self.participant.lock:
+            self._require_resuming("streamed state is taken")
+            self._streamed(Phase.LOAD).write_chunk(chunk)
 
     def _streamed(self, phase: Phase) -> StreamedMemory:
         if self.participant.streamed is None:
@@ -378,6 +417,15 @@ _ARCS: Final[Mapping[tuple[DeviceState, DeviceState], Callable[[Runtime, int], N
     (_S.STOP_COPY, _S.STOP): Runtime._end_saving,
     (_S.STOP, _S.RESUMING): Runtime._begin_resuming,
     (_S.RESUMING, _S.STOP): Runtime._end_resuming,
+}
+
+#: Where a participant is by its hooks, once its state has been thrown away.
+_AFTER_RESET: Final[Mapping[DeviceState, DeviceState]] = {
+    _S.PRE_COPY: _S.RUNNING,
+    _S.PRE_COPY_P2P: _S.RUNNING_P2P,
+    _S.STOP_COPY: _S.STOP,
+    _S.RESUMING: _S.STOP,
+    _S.ERROR: _S.STOP,
 }
 
 

@@ -7,14 +7,16 @@ SIGTERM are still served.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from devices.kit.runtime import Runtime
+from devices.kit.runtime import BUS, Runtime
 from migrate.bus import Bus
 from migrate.bus.device import DEVICE, MAX_BLOB, VMSTATE, Disk
+from migrate.errors import DeviceRefused, Phase
 from migrate.state.blob import MAX_BLOB as MAX_ENVELOPE
 from migrate.state.schema import MAX_PAYLOAD
 
@@ -67,12 +69,27 @@ class Service:
         self._runtime = runtime
         self._run = control.run
 
+    async def _move(self, function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """For what moves the device or its state: only one may, and it is not always the bus."""
+        self._require_bus()
+        return await self._run(function, *args, **kwargs)
+
+    def _require_bus(self) -> None:
+        if self._runtime.moved_by != BUS:
+            raise DeviceRefused(
+                "its VMM moves it, by vfio-user: it was started with --migration vfio-user",
+                remedy="ask the VMM, or start it without that argument",
+                phase=Phase.SETUP,
+                device=self.id,
+            )
+
     @property
     def names(self) -> tuple[str, ...]:
         """The well-known names to queue for, in this order: whoever finds the second finds the first as well."""
         # QEMU drops a helper with a larger state from its stream and loses the guest by it.
         fits_qemu = (
-            self._runtime.participant.for_qemu
+            self._runtime.moved_by == BUS
+            and self._runtime.participant.for_qemu
             and not self._runtime.streams
             and self._runtime.format.version.max_size + _ENVELOPE <= MAX_BLOB
         )
@@ -125,13 +142,13 @@ class Service:
         return await self._run(self._runtime.save)
 
     async def load(self, data: bytes) -> None:
-        await self._run(self._runtime.load, data)
+        await self._move(self._runtime.load, data)
 
     async def attach_memory(self, gpa: int, size: int, memory: int, offset: int) -> None:
         await self._run(self._runtime.attach_memory, gpa, size, memory, offset)
 
     async def set_state(self, state: str, options: Mapping[str, Any]) -> str:
-        return await self._run(self._runtime.set_state, state, options)
+        return await self._move(self._runtime.set_state, state, options)
 
     async def start_tracking(self) -> None:
         await self._run(self._runtime.start_tracking)
@@ -149,25 +166,30 @@ class Service:
         await self._run(self._runtime.check_incoming, data)
 
     async def stage(self, data: bytes) -> None:
-        await self._run(self._runtime.stage, data)
+        await self._move(self._runtime.stage, data)
 
     async def apply(self) -> None:
-        await self._run(self._runtime.apply)
+        await self._move(self._runtime.apply)
 
     async def stream_read(self, max_bytes: int) -> tuple[int, int, int]:
-        return await self._run(self._runtime.stream_read, max_bytes)
+        return await self._move(self._runtime.stream_read, max_bytes)
 
     async def stream_write(self, chunk: int, size: int) -> None:
+        try:
+            self._require_bus()
+        except DeviceRefused:
+            os.close(chunk)
+            raise
         await self._run(self._runtime.stream_write, chunk, size)
 
     async def fingerprint(self, version: int) -> bytes:
         return await self._run(self._runtime.fingerprint, version)
 
     async def release_locks(self) -> None:
-        await self._run(self._runtime.release_locks)
+        await self._move(self._runtime.release_locks)
 
     async def serving(self) -> None:
         await self._run(self._runtime.serving)
 
     async def finish(self, outcome: str) -> None:
-        await self._run(self._runtime.finish, outcome)
+        await self._move(self._runtime.finish, outcome)

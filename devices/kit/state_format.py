@@ -51,6 +51,10 @@ class StateFormat:
             )
         return blob.write(self._schema.at(version), self._id, self._in(version, values))
 
+    def digest(self, version: int) -> bytes:
+        """Of the definition of a version that is written."""
+        return self._schema.at(version).digest
+
     def payload(self, values: Mapping[str, Any], version: int) -> bytes:
         """The canonical bytes of a state in a version that is written. :raise BlobError: as `write`."""
         return self._schema.at(version).encode(self._in(version, values))

@@ -106,19 +106,30 @@ class StreamedMemory:
 
         :raise DeviceRefused: no session is open, or not one page fits into `max_bytes`.
         """
-        if self._session is None:
-            raise _refused(
-                "no session of streamed state is open",
-                "move the device to PRE_COPY or STOP_COPY first",
-                Phase.SAVE,
-            )
+        session = self._open_session()
         if max_bytes < MIN_CHUNK:
             raise _refused(
                 f"a chunk of {max_bytes} bytes holds no page",
                 f"ask for {MIN_CHUNK} bytes or more",
                 Phase.SAVE,
             )
-        return self._session.read(min(max_bytes, MAX_CHUNK))
+        return session.read(min(max_bytes, MAX_CHUNK))
+
+    def left(self) -> tuple[int, int]:
+        """Bytes of pages that are still to be read: of those with data when the session began, and written since they were.
+
+        :raise DeviceRefused: no session is open.
+        """
+        return self._open_session().left()
+
+    def _open_session(self) -> _Session:
+        if self._session is None:
+            raise _refused(
+                "no session of streamed state is open",
+                "move the device to PRE_COPY or STOP_COPY first",
+                Phase.SAVE,
+            )
+        return self._session
 
     # -- in -----------------------------------------------------------------------------------------------------------------
 
@@ -153,6 +164,8 @@ class _Session:
         self._memory = memory
         self._log = log
         self._dirty = DirtyBitmap.from_runs(memory.data_extents(), memory.page_count)
+        #: Those of the first pass that have not been read yet; a part of `_dirty`.
+        self._first = self._dirty.copy()
         self._number = 0
         #: The next chunk begins here and goes round, so that pages written again and again do not keep the others waiting.
         self._cursor = 0
@@ -168,11 +181,17 @@ class _Session:
         taken = np.sort(taken)
         runs = PageRuns.from_pages(taken)
         self._dirty.clear_runs(runs)
+        self._first.clear_runs(runs)
         data = np.empty((len(taken), PAGE_WORDS), np.uint64)
         self._memory.gather(runs, data)
         chunk = _build(self._number, self._memory.size, taken, data)
         self._number += 1
         return chunk, (waiting.size - len(taken)) << PAGE_SHIFT
+
+    def left(self) -> tuple[int, int]:
+        self._log.collect(self._dirty)
+        first = self._first.count()
+        return first << PAGE_SHIFT, (self._dirty.count() - first) << PAGE_SHIFT
 
 
 def _build(number: int, size: int, pages: NDArray[np.int64], data: Pages) -> bytes:

@@ -3,6 +3,8 @@
 Answered in RUNNING, PRE_COPY and both P2P states. Elsewhere accesses are refused with EBUSY, because the state may be on
 its way to another host; what a VMM sets up (DMA windows, eventfds) is taken in every state, so that a destination's VMM can
 connect before its devices run.
+
+Where the VMM moves the device (vfio_migration.py), a reset is taken in every state, and leads to RUNNING.
 """
 
 from __future__ import annotations
@@ -14,17 +16,22 @@ from collections.abc import Sequence
 from devices.kit.device import Device, RegionInfo
 from devices.kit.irq import Irq
 from devices.kit.runtime import Runtime
+from devices.kit.vfio_migration import VfioMigration
+from devices.protocols.vfio_user.backend import RemoteMemory
+from devices.protocols.vfio_user.dma_log import DmaLog
 from devices.protocols.vfio_user.messages import DmaFlags, DmaMap, refused
+from devices.protocols.vfio_user.region_messages import IoEventfd, RegionMemory
 from migrate.errors import MemoryFault
 from migrate.state.lifecycle import RESPONDING
 
 
 class VfioUserBackend:
-    """What devices.protocols.vfio_user.session.Backend wants."""
+    """What devices.protocols.vfio_user.backend.Backend wants."""
 
     def __init__(self, device: Device, runtime: Runtime) -> None:
         self._device = device
         self._runtime = runtime
+        self.migration = VfioMigration(runtime)
         device.memory.by_windows = True
 
     @property
@@ -42,6 +49,11 @@ class VfioUserBackend:
     @property
     def pci(self) -> bool:
         return self._device.pci
+
+    @property
+    def maskable(self) -> Sequence[int]:
+        """Those of a PCI function are masked in its MSI-X table."""
+        return () if self._device.pci else range(len(self._device.irqs))
 
     def _require_responding(self) -> None:
         if self._device.state not in RESPONDING:
@@ -68,6 +80,15 @@ class VfioUserBackend:
             memory.map_window(window.address, window.size, fd, window.offset, writable=writable)
         except MemoryFault as error:
             raise refused(errno.EINVAL, error.reason) from error
+        self._mapped(window)
+
+    def dma_map_remote(self, window: DmaMap, memory: RemoteMemory) -> None:
+        writable = bool(window.flags & DmaFlags.WRITE)
+        self._device.memory.map_remote(window.address, window.size, memory, writable=writable)
+        self._mapped(window)
+
+    def _mapped(self, window: DmaMap) -> None:
+        memory = self._device.memory
         if memory.tracker is not None and self._device.writes_memory and memory.has_private_windows:
             memory.unmap_window(window.address, window.size)
             raise refused(
@@ -80,8 +101,20 @@ class VfioUserBackend:
         self._device.memory.unmap_window(address, size)
         self._device.windows_changed()
 
+    def log_dma(self, log: DmaLog | None) -> None:
+        self._device.memory.log = log
+
+    def region_memory(self, region: int) -> RegionMemory | None:
+        return self._device.region_memory(region)
+
+    def io_fds(self, region: int) -> Sequence[IoEventfd]:
+        return self._device.io_fds(region)
+
     def connect_irq(self, index: int, number: int, eventfd: int | None) -> None:
         self._irq(index, number).connect(eventfd)
+
+    def mask_irq(self, index: int, number: int, masked: bool) -> None:
+        self._irq(index, number).mask(masked)
 
     def trigger_irq(self, index: int, number: int) -> None:
         self._require_responding()
@@ -91,7 +124,9 @@ class VfioUserBackend:
         return self._device.irq(sum(self._device.irqs[:index]) + number)
 
     def reset(self) -> None:
-        if not self._runtime.reset_by_vmm():
+        if self.migration.offered:
+            self.migration.reset()
+        elif not self._runtime.reset_by_vmm():
             self._require_responding()
 
 

@@ -120,6 +120,11 @@ class Assembler:
         return message
 
     @property
+    def pending(self) -> bool:
+        """Whether bytes were read that no message has been made of."""
+        return bool(self._buffer)
+
+    @property
     def missing(self) -> int:
         """How many bytes the message that has begun still wants at least."""
         if len(self._buffer) < HEADER_SIZE:

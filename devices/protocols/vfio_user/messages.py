@@ -2,7 +2,8 @@
 
 Every `decode` checks lengths before it uses or allocates anything, and raises RequestError with the errno that the
 reply to the peer carries. Integers are in the host's byte order, as the specification says. Source of the layouts:
-QEMU's docs/interop/vfio-user.rst and <linux/vfio.h>.
+QEMU's docs/interop/vfio-user.rst and <linux/vfio.h>. (Regions beside their registers are in region_messages.py, features and
+migration in feature_messages.py.)
 """
 
 from __future__ import annotations
@@ -55,8 +56,13 @@ ERROR = 0x20
 class DmaFlags(IntFlag):
     READ = 1
     WRITE = 2
+    #: libvfio-user's: reach it by mmap, or by pread and pwrite. Both want a descriptor, which is always mapped here.
+    MMAP = 4
+    FILE_IO = 8
 
 
+_BY_DESCRIPTOR = DmaFlags.MMAP | DmaFlags.FILE_IO
+_DMA_FLAGS = int(DmaFlags.READ | DmaFlags.WRITE | _BY_DESCRIPTOR)
 UNMAP_ALL = 2
 
 
@@ -131,8 +137,10 @@ class Header(NamedTuple):
 HEADER = struct.Struct("=HHIII")
 HEADER_SIZE = HEADER.size
 ACCESS = struct.Struct("=QII")
-#: The largest message that either side accepts: a region access with its data.
-MAX_MESSAGE = HEADER_SIZE + ACCESS.size + MAX_DATA
+#: The most that comes before the data in any payload: a report of dirty pages has that much.
+MAX_PREFIX = 32
+#: The largest message that either side accepts.
+MAX_MESSAGE = HEADER_SIZE + MAX_PREFIX + MAX_DATA
 
 
 def message(message_id: int, command: int, payload: Buffer = b"", flags: int = 0) -> bytes:
@@ -168,6 +176,10 @@ class DmaMap(NamedTuple):
     address: int
     size: int
 
+    @property
+    def wants_descriptor(self) -> bool:
+        return bool(self.flags & _BY_DESCRIPTOR)
+
     def encode(self) -> bytes:
         return _DMA_MAP.pack(_DMA_MAP.size, *self)
 
@@ -176,8 +188,10 @@ class DmaMap(NamedTuple):
         argsz, flags, offset, address, size = _fields(_DMA_MAP, payload, "a DMA_MAP")
         if argsz < _DMA_MAP.size:
             raise invalid(f"a DMA_MAP with argsz {argsz}")
-        if not flags & (DmaFlags.READ | DmaFlags.WRITE):
-            raise invalid("a DMA window that may be neither read nor written")
+        if not flags & (DmaFlags.READ | DmaFlags.WRITE) or flags & ~_DMA_FLAGS:
+            raise invalid(
+                f"a DMA window with flags {flags:#x}: readable, writable or both, and nothing unknown"
+            )
         _check_window(address, size)
         if offset % PAGE_SIZE or offset + size > 1 << 63:
             raise invalid(f"a DMA window at offset {offset:#x} of its file")
@@ -197,6 +211,9 @@ class DmaUnmap(NamedTuple):
         argsz, flags, address, size = _fields(_DMA_UNMAP, payload, "a DMA_UNMAP")
         if argsz < _DMA_UNMAP.size:
             raise invalid(f"a DMA_UNMAP with argsz {argsz}")
+        if flags & ~UNMAP_ALL:
+            # Bit 0 once asked for the bitmap of dirty pages (VFIO's first migration protocol): not served in silence.
+            raise invalid(f"a DMA_UNMAP with flags {flags:#x}")
         if flags & UNMAP_ALL:
             if address or size:
                 raise invalid("a DMA_UNMAP of everything that names a window")
@@ -240,10 +257,9 @@ class RegionInfo:
     size: int = 0
     offset: int = 0
 
-    def encode(self) -> bytes:
-        return _REGION_INFO.pack(
-            _REGION_INFO.size, self.flags, self.index, self.cap_offset, self.size, self.offset
-        )
+    def encode(self, argsz: int = _REGION_INFO.size) -> bytes:
+        """:param argsz: bytes of reply that are taken."""
+        return _REGION_INFO.pack(argsz, self.flags, self.index, self.cap_offset, self.size, self.offset)
 
     @classmethod
     def decode(cls, payload: Buffer) -> Self:
@@ -303,12 +319,31 @@ class IrqSet:
             raise invalid(f"a SET_IRQS with flags {flags:#x}: one kind of data and one action are wanted")
         if count > MAX_IRQS or start > MAX_IRQS:
             raise invalid(f"a SET_IRQS of {count} interrupts from {start}")
-        if count == 0 and flags != SetIrqs.DATA_NONE | SetIrqs.TRIGGER:
+        if count == 0 and (flags != SetIrqs.DATA_NONE | SetIrqs.TRIGGER or start):
             raise invalid("a SET_IRQS of no interrupts that is not the one that disables all")
         data = bytes(payload[_SET_IRQS.size :])
         if len(data) != (count if kind == SetIrqs.DATA_BOOL else 0):
             raise invalid(f"a SET_IRQS of {count} interrupts with {len(data)} bytes of data")
         return cls(flags, index, start, count, data)
+
+
+# -- memory that is reached by messages --------------------------------------------------------------------------------------
+
+#: DMA_READ and DMA_WRITE: address and count, then the data.
+DMA = struct.Struct("=QQ")
+
+
+def decode_dma(payload: Buffer, *, data: bool) -> tuple[int, int, memoryview]:
+    """address, count and, where `data` is to come (a DMA_WRITE, the reply to a DMA_READ), as many bytes."""
+    if len(payload) < DMA.size:
+        raise invalid(f"a DMA access of {len(payload)} bytes")
+    address, count = DMA.unpack_from(payload)
+    rest = memoryview(payload)[DMA.size :]
+    if len(rest) != (count if data else 0):
+        raise invalid(f"a DMA access that claims {count} bytes of data and has {len(rest)}")
+    if count > MAX_DATA or address + count > 1 << 64:
+        raise invalid(f"a DMA access of {count} bytes at {address:#x}")
+    return address, count, rest
 
 
 # -- region access -----------------------------------------------------------------------------------------------------------

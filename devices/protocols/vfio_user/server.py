@@ -14,9 +14,11 @@ import threading
 
 from devices.protocols.channel import READ_LARGE, READ_SIZE, check_path, peer_uid, receive
 from devices.protocols.listening import listen
-from devices.protocols.vfio_user.framing import Assembler, FramingError
+from devices.protocols.vfio_user.backend import Backend
+from devices.protocols.vfio_user.client_link import ClientLink
+from devices.protocols.vfio_user.framing import FramingError
 from devices.protocols.vfio_user.messages import error_reply
-from devices.protocols.vfio_user.session import Backend, Session
+from devices.protocols.vfio_user.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class Server:
                     self._serve(connection)
                 finally:
                     with self._guard:
+                        connection.close()
                         self._connection = None
 
     def _serve(self, connection: socket.socket) -> None:
@@ -79,9 +82,10 @@ class Server:
         if uid not in (os.geteuid(), 0):
             log.warning("event=client-refused uid=%d reason='only the user of this process may connect'", uid)
             return
-        session, assembler = Session(self._backend), Assembler()
+        link = ClientLink(connection)
+        session, assembler = Session(self._backend, link), link.assembler
         try:
-            while not session.over:
+            while not session.over and not link.inline:
                 while (message := assembler.next()) is None:
                     size = READ_SIZE if assembler.missing <= READ_SIZE else READ_LARGE
                     data, fds, truncated = receive(connection, size)
@@ -89,8 +93,18 @@ class Server:
                         return
                     assembler.feed(data, fds, truncated)
                 reply = session.handle(message)
-                if reply is not None:
+                if session.out_fds:
+                    _send_with(connection, reply or b"", session)
+                elif reply is not None:
                     connection.sendall(reply)
+            while not session.over:
+                # The client's memory is on the other side of this socket: commands and replies come mixed.
+                reply = session.handle(link.next_command())
+                if session.out_fds:
+                    with link.sending:
+                        _send_with(connection, reply or b"", session)
+                elif reply is not None:
+                    link.send(reply)
         except FramingError as error:
             log.warning("event=client-dropped reason=%r", error.reason)
             with contextlib.suppress(OSError):
@@ -98,5 +112,14 @@ class Server:
         except OSError as error:
             log.info("event=client-lost error=%r", str(error))
         finally:
-            assembler.close()
+            link.close()
             session.close()
+
+
+def _send_with(connection: socket.socket, reply: bytes, session: Session) -> None:
+    """A reply with descriptors: they go with its first byte."""
+    try:
+        sent = socket.send_fds(connection, [reply], session.out_fds)
+    finally:
+        session.sent()
+    connection.sendall(memoryview(reply)[sent:])

@@ -1,24 +1,25 @@
 """What a server answers to one client: from the first message to the end of the connection. No I/O.
 
-A session owns what ends with its connection (the DMA windows, the client's eventfds); the device's state is the
-Backend's, and outlives it. `SUPPORTED` is the one list of commands; all others are answered with ENOTSUP.
+A session owns what ends with its connection (the DMA windows, the client's eventfds and masks, the log of DMA); the device's
+state is the Backend's, and outlives it. Each group of commands has a module: regions.py, interrupts.py, features.py; the windows
+are here. `_handlers` is the one list of commands; all others are answered with ENOTSUP.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable
 
+from devices.protocols.vfio_user.backend import Backend
+from devices.protocols.vfio_user.client_link import ClientLink, ClientMemory
+from devices.protocols.vfio_user.features import Features
 from devices.protocols.vfio_user.framing import Message, close_all
+from devices.protocols.vfio_user.interrupts import Interrupts
 from devices.protocols.vfio_user.messages import (
-    ACCESS,
     ERROR,
     HEADER,
     HEADER_SIZE,
-    MAX_DMA_MAPS,
     NO_REPLY,
     REPLY,
     TYPE_MASK,
@@ -28,93 +29,46 @@ from devices.protocols.vfio_user.messages import (
     DeviceInfo,
     DmaMap,
     DmaUnmap,
-    IrqFlags,
-    IrqInfo,
-    IrqSet,
-    RegionFlags,
-    RegionInfo,
     RequestError,
-    SetIrqs,
-    decode_data,
-    decode_read,
     invalid,
     refused,
 )
-from devices.protocols.vfio_user.version import MAJOR, MINOR, OURS, Capabilities, Version
+from devices.protocols.vfio_user.peer import Peer
+from devices.protocols.vfio_user.regions import Regions
+from devices.protocols.vfio_user.version import MAJOR, MINOR, Capabilities, Version, agree
 
 log = logging.getLogger(__name__)
-
-
-class Window(Protocol):
-    """A region as the backend describes it."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def read(self) -> bool: ...
-    @property
-    def write(self) -> bool: ...
-
-
-class Backend(Protocol):
-    """The device behind a server. Every method is called with `lock` held and may raise RequestError."""
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]: ...
-    @property
-    def regions(self) -> Sequence[Window]: ...
-    @property
-    def pci(self) -> bool:
-        """Whether regions and interrupt indexes are numbered as VFIO numbers those of a PCI function."""
-
-    @property
-    def irqs(self) -> Sequence[int]:
-        """How many interrupts each index has."""
-
-    def region_read(self, region: int, offset: int, count: int) -> bytes:
-        """Within the region and not empty: the session has checked."""
-
-    def region_write(self, region: int, offset: int, data: bytes) -> None: ...
-
-    def dma_map(self, window: DmaMap, fd: int) -> None:
-        """`fd` is closed after the call: what is to last must be mapped or duplicated. No overlap: checked."""
-
-    def dma_unmap(self, address: int, size: int) -> None:
-        """All references to the window are gone when this returns."""
-
-    def connect_irq(self, index: int, number: int, eventfd: int | None) -> None:
-        """Owns the eventfd from here on; None disconnects. `number` counts within the index."""
-
-    def trigger_irq(self, index: int, number: int) -> None:
-        """As if the device itself had raised it."""
-
-    def reset(self) -> None: ...
 
 
 class Session:
     """One client's connection. `handle` every message, send what it returns, end when `over`; always `close`."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, link: ClientLink | None = None) -> None:
+        """:param link: the way to ask the client for memory; without one every window needs a descriptor."""
         self._backend = backend
+        self._link = link
+        self._peer = Peer()
         self._windows: dict[int, int] = {}
+        self._interrupts = Interrupts(backend)
+        self._features = Features(backend, self._peer, self._windows.items)
         self._handlers: dict[int, Callable[[Message], bytes]] = {
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
             Command.DEVICE_GET_INFO: self._device_info,
-            Command.DEVICE_GET_REGION_INFO: self._region_info,
-            Command.DEVICE_GET_IRQ_INFO: self._irq_info,
-            Command.DEVICE_SET_IRQS: self._set_irqs,
-            Command.REGION_READ: self._region_read,
-            Command.REGION_WRITE: self._region_write,
             Command.DEVICE_RESET: self._reset,
+            **Regions(backend, self._peer).handlers,
+            **self._interrupts.handlers,
+            **self._features.handlers,
         }
-        #: What the client said in VERSION; None before.
+        #: What the client can take, once it has said so; None before its VERSION.
         self.client: Capabilities | None = None
-        #: The connection is to be closed: negotiation failed.
+        #: Whether the connection ends after the reply.
         self.over = False
+        #: Descriptors that go with the reply. Whoever sends it calls `sent`.
+        self.out_fds = self._peer.out_fds
 
     def handle(self, message: Message) -> bytes | None:
-        """The reply to a message, or None if it wanted none. Closes the descriptors that nobody took. Never raises."""
+        """The reply to a message, or None if it wants none."""
         message_id, command, _, flags, _ = message.header
         payload, number = b"", 0
         try:
@@ -138,18 +92,25 @@ class Session:
                 message.close()
         if number and self.client is None:
             self.over = True
+        if self.out_fds and (number or flags & NO_REPLY):
+            self.sent()
         if flags & NO_REPLY:
             return None
         if number:
             return HEADER.pack(message_id, command, HEADER_SIZE, REPLY | ERROR, number)
         return HEADER.pack(message_id, command, HEADER_SIZE + len(payload), REPLY, 0) + payload
 
+    def sent(self) -> None:
+        """The reply is on its way, or never will be: its descriptors are not needed any more."""
+        self._peer.forget_fds()
+
     def close(self) -> None:
-        """The client is gone: its windows and eventfds go with it, the device's state stays."""
+        """The client is gone: its windows, its eventfds and its log go with it, the device's state stays."""
+        self.sent()
         with self._backend.lock:
+            self._features.release()
             self._unmap_all()
-            for index in range(len(self._backend.irqs)):
-                self._disconnect(index)
+            self._interrupts.release()
 
     # -- negotiation ----------------------------------------------------------------------------------------------------
 
@@ -161,8 +122,13 @@ class Session:
             raise invalid(
                 f"the client speaks version {version.major}.{version.minor}, we speak {MAJOR}.{MINOR}"
             )
+        agreed = agree(version.capabilities)
+        if version.capabilities.twin_socket and version.capabilities.max_msg_fds and self._link is not None:
+            self.out_fds.append(self._link.open_twin())
+            agreed = agreed._replace(twin_socket=True, twin_fd_index=0)
+        self._peer.agreed, self._peer.client = agreed, version.capabilities
         self.client = version.capabilities
-        return Version(MAJOR, min(version.minor, MINOR), OURS).encode()
+        return Version(MAJOR, min(version.minor, MINOR), agreed).encode()
 
     # -- DMA ------------------------------------------------------------------------------------------------------------
 
@@ -171,17 +137,28 @@ class Session:
         end = window.address + window.size
         if any(address < end and window.address < address + size for address, size in self._windows.items()):
             raise refused(errno.EEXIST, f"the DMA window at {window.address:#x} overlaps one that is there")
-        if len(self._windows) >= MAX_DMA_MAPS:
-            raise refused(errno.ENOSPC, f"more than {MAX_DMA_MAPS} DMA windows")
-        if not message.fds:
-            raise refused(errno.ENOTSUP, "a DMA window without a descriptor")
-        fd = message.take_fd()
-        try:
-            self._backend.dma_map(window, fd)
-        finally:
-            close_all([fd])
+        if len(self._windows) >= self._peer.agreed.max_dma_maps:
+            raise refused(errno.ENOSPC, f"more than {self._peer.agreed.max_dma_maps} DMA windows")
+        if message.fds:
+            fd = message.take_fd()
+            try:
+                self._backend.dma_map(window, fd)
+            finally:
+                close_all([fd])
+        else:
+            self._map_remote(window)
         self._windows[window.address] = window.size
         return b""
+
+    def _map_remote(self, window: DmaMap) -> None:
+        if window.wants_descriptor:
+            raise invalid("a DMA window that is reached by its descriptor, and has none")
+        if self._link is None or not self._peer.most_data:
+            raise refused(errno.ENOTSUP, "a DMA window without a descriptor")
+        if window.offset:
+            raise invalid(f"a DMA window at offset {window.offset:#x} of no file")
+        self._backend.dma_map_remote(window, ClientMemory(self._link, self._peer.most_data))
+        self._link.prepare()
 
     def _dma_unmap(self, message: Message) -> bytes:
         window = DmaUnmap.decode(message.payload)
@@ -190,92 +167,24 @@ class Session:
         elif self._windows.get(window.address) != window.size:
             raise refused(errno.ENOENT, f"no DMA window of {window.size} bytes at {window.address:#x}")
         else:
-            self._backend.dma_unmap(window.address, window.size)
-            del self._windows[window.address]
+            self._unmap(window.address, window.size)
         return window.encode()
+
+    def _unmap(self, address: int, size: int) -> None:
+        self._backend.dma_unmap(address, size)
+        self._windows.pop(address, None)
+        self._features.unmapped(address, size)
 
     def _unmap_all(self) -> None:
         while self._windows:
-            self._backend.dma_unmap(*self._windows.popitem())
+            self._unmap(*self._windows.popitem())
 
-    # -- what the device has ----------------------------------------------------------------------------------------------
+    # -- the device -------------------------------------------------------------------------------------------------------
 
     def _device_info(self, message: Message) -> bytes:
         DeviceInfo.decode(message.payload)
         flags = DeviceFlags.RESET | (DeviceFlags.PCI if self._backend.pci else 0)
         return DeviceInfo(flags, len(self._backend.regions), len(self._backend.irqs)).encode()
-
-    def _region_info(self, message: Message) -> bytes:
-        index = RegionInfo.decode(message.payload).index
-        region = self._region(index)
-        flags = (RegionFlags.READ if region.read else 0) | (RegionFlags.WRITE if region.write else 0)
-        return RegionInfo(index, flags, 0, region.size, 0).encode()
-
-    def _irq_info(self, message: Message) -> bytes:
-        index = IrqInfo.decode(message.payload).index
-        self._check_irq(index, 0, 0)
-        count = self._backend.irqs[index]
-        return IrqInfo(index, IrqFlags.EVENTFD if count else 0, count).encode()
-
-    def _region(self, index: int) -> Window:
-        if index >= len(self._backend.regions):
-            raise invalid(f"there is no region {index}")
-        return self._backend.regions[index]
-
-    # -- interrupts ---------------------------------------------------------------------------------------------------------
-
-    def _check_irq(self, index: int, start: int, count: int) -> None:
-        if index >= len(self._backend.irqs):
-            raise invalid(f"there is no interrupt index {index}")
-        if start + count > self._backend.irqs[index]:
-            raise invalid(
-                f"interrupt index {index} has {self._backend.irqs[index]}, and {count} from {start} on are named"
-            )
-
-    def _set_irqs(self, message: Message) -> bytes:
-        """Data: none or a true byte raises the interrupt, an eventfd is what it is signalled by from now on."""
-        irqs = IrqSet.decode(message.payload)
-        self._check_irq(irqs.index, irqs.start, irqs.count)
-        if not irqs.flags & SetIrqs.TRIGGER:
-            raise invalid(f"interrupt {irqs.index} cannot be masked")
-        if irqs.flags & SetIrqs.DATA_EVENTFD:
-            # No descriptor with EVENTFD data takes the eventfds away, as in the kernel's -1.
-            if len(message.fds) not in (0, irqs.count):
-                raise invalid(f"{len(message.fds)} eventfds for {irqs.count} interrupts")
-            for number in range(irqs.start, irqs.start + irqs.count):
-                self._backend.connect_irq(irqs.index, number, message.take_fd() if message.fds else None)
-        elif irqs.count == 0:
-            self._disconnect(irqs.index)
-        else:
-            for at in range(irqs.count):
-                if irqs.flags & SetIrqs.DATA_NONE or irqs.data[at]:
-                    self._backend.trigger_irq(irqs.index, irqs.start + at)
-        return b""
-
-    def _disconnect(self, index: int) -> None:
-        for number in range(self._backend.irqs[index]):
-            self._backend.connect_irq(index, number, None)
-
-    # -- access ---------------------------------------------------------------------------------------------------------------
-
-    def _region_read(self, message: Message) -> bytes:
-        offset, index, count = decode_read(message.payload)
-        region = self._region(index)
-        if offset + count > region.size or not region.read:
-            raise invalid(f"region {index} ({region.size} bytes) cannot be read at {offset:#x}+{count}")
-        data = self._backend.region_read(index, offset, count) if count else b""
-        return ACCESS.pack(offset, index, count) + data
-
-    def _region_write(self, message: Message) -> bytes:
-        offset, index, data = decode_data(message.payload)
-        region = self._region(index)
-        if offset + len(data) > region.size or not region.write:
-            raise invalid(
-                f"region {index} ({region.size} bytes) cannot be written at {offset:#x}+{len(data)}"
-            )
-        if data:
-            self._backend.region_write(index, offset, data)
-        return ACCESS.pack(offset, index, len(data))
 
     def _reset(self, message: Message) -> bytes:
         if len(message.payload):

@@ -24,7 +24,10 @@ text = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-capabilities = st.builds(v.Capabilities, u64, u64, u64, u64, st.booleans())
+capabilities = st.builds(
+    lambda *fields: v.Capabilities(*fields, twin_fd_index=2 if fields[-1] else -1),
+    *(u64, u64, u64, u64, st.booleans(), st.booleans()),
+)
 irq_sets = st.builds(
     lambda index, start, data: m.IrqSet(
         m.SetIrqs.DATA_BOOL | m.SetIrqs.TRIGGER, index, start, len(data), data

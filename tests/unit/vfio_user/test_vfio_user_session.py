@@ -50,7 +50,7 @@ def test_the_version_in_common_is_answered_and_what_the_client_can_take_is_kept(
         talk = Talk(negotiated=False)
         reply = talk.ask(Command.VERSION, v.Version(0, proposed, v.Capabilities(max_msg_fds=3)).encode())
         assert isinstance(reply, bytes)
-        assert v.Version.decode(reply) == v.Version(0, agreed, v.OURS)
+        assert v.Version.decode(reply) == v.Version(0, agreed, v.OURS._replace(write_multiple=False))
         assert talk.session.client == v.Capabilities(max_msg_fds=3)
 
 
@@ -73,7 +73,7 @@ def test_a_refused_command_does_not_end_a_session(talk: Talk) -> None:
     assert not talk.session.over
 
 
-@pytest.mark.parametrize("number", [0, 1, 6, 11, 12, 14, 15, 16, 17, 18, 99])
+@pytest.mark.parametrize("number", [0, 1, 11, 12, 14, 15, 99])
 def test_a_command_that_is_not_served_here_is_answered_enotsup(talk: Talk, number: int) -> None:
     assert talk.ask(number) == errno.ENOTSUP
 

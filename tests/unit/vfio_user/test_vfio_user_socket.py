@@ -40,8 +40,11 @@ class Serving:
         return sock
 
     def until_the_client_is_gone(self) -> None:
-        """A new client is served only after the old one's session was closed."""
+        """A new client is served only after the old one's session was closed; and that one is gone as well, its socket too."""
         self.client().close()
+        deadline = time.monotonic() + 5
+        while self.server._connection is not None and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 @pytest.fixture

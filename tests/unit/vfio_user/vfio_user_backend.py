@@ -1,4 +1,7 @@
-"""A device in memory for tests of the protocol: one region that keeps what is written; one interrupt, none, and three."""
+"""A device in memory for tests of the protocol: one region that keeps what is written; one interrupt, none, and three.
+
+What most tests need not know it has: it can be told to have maskable interrupts, memory to map, descriptors, a migration.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import os
 import threading
 from dataclasses import dataclass
 
+from devices.protocols.vfio_user.backend import Migration, RemoteMemory
+from devices.protocols.vfio_user.dma_log import DmaLog
 from devices.protocols.vfio_user.framing import Message
 from devices.protocols.vfio_user.messages import HEADER_SIZE, DmaMap, Header, refused
+from devices.protocols.vfio_user.region_messages import IoEventfd, RegionMemory
 
 #: Read it to have the device fail in its own way.
 POISON = 0xF00
@@ -32,6 +38,13 @@ class MemoryBackend:
         self.triggered: list[tuple[int, int]] = []
         self.resets = 0
         self.refuse = 0
+        self.maskable: frozenset[int] = frozenset()
+        self.masked: set[tuple[int, int]] = set()
+        self.mappable: dict[int, RegionMemory] = {}
+        self.doorbells: dict[int, list[IoEventfd]] = {}
+        self.remote: dict[int, RemoteMemory] = {}
+        self.log: DmaLog | None = None
+        self.migration: Migration | None = None
 
     def _check(self) -> None:
         if self.refuse:
@@ -52,8 +65,26 @@ class MemoryBackend:
         os.fstat(fd)  # it is open now, and no longer when this has returned
         self.windows[window.address] = window.size
 
+    def dma_map_remote(self, window: DmaMap, memory: RemoteMemory) -> None:
+        self._check()
+        self.windows[window.address] = window.size
+        self.remote[window.address] = memory
+
     def dma_unmap(self, address: int, size: int) -> None:
         assert self.windows.pop(address) == size
+        self.remote.pop(address, None)
+
+    def log_dma(self, log: DmaLog | None) -> None:
+        self.log = log
+
+    def region_memory(self, region: int) -> RegionMemory | None:
+        return self.mappable.get(region)
+
+    def io_fds(self, region: int) -> list[IoEventfd]:
+        return self.doorbells.get(region, [])
+
+    def mask_irq(self, index: int, number: int, masked: bool) -> None:
+        (self.masked.add if masked else self.masked.discard)((index, number))
 
     def connect_irq(self, index: int, number: int, eventfd: int | None) -> None:
         if (index, number) in self.eventfds:

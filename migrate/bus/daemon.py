@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from xml.sax.saxutils import escape
 
+from migrate.bus.addresses import address_of
 from migrate.bus.link import Link, check_socket_path
 from migrate.errors import BusError, UsageError
 
@@ -180,3 +182,29 @@ def _program(name: str, package: str) -> str:
     if path is None:
         raise UsageError(f"{name} is not installed", remedy=f"as root: apt-get install {package}")
     return path
+
+
+class AdoptedBus:
+    """A bus that others run, in the place of a machine's private one: found under the same path, by a link to its socket."""
+
+    def __init__(self, path: Path, address: str) -> None:
+        """:raises UsageError: for an address that is no path of a socket."""
+        self.path, self.address = path, address_of(address)
+        match = re.fullmatch(r"unix:path=([^,]+)(,.*)?", self.address)
+        if match is None:
+            raise UsageError(f"{address!r} is no bus at a path", remedy="give unix:path=/PATH")
+        self._socket = unquote(match[1])
+
+    async def start(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.path.symlink_to(self._socket)
+
+    async def restart(self) -> None:
+        """Nothing that we could do: whoever runs it brings it back."""
+
+    async def wait_died(self) -> int:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody here runs it")
+
+    async def stop(self) -> None:
+        self.path.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "demo": "move a running guest between two hosts on this machine, and prove that nothing was lost",
         "host": "the daemon of a host: run it on both ends",
         "run": "start the machine of a machine.toml",
+        "adopt": "take over a QEMU that runs, and its devices' processes on a bus, to move them",
         "list": "the machines of this host, and what each is doing",
         "console": "follow what a machine writes on its serial port",
         "stop": "end a machine",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from migrate.coordinator.pages_out import Sent
 from migrate.coordinator.participants import QEMU_TYPE, Participants, tracker_of
@@ -42,7 +43,17 @@ def check_source(parts: Participants) -> None:
             'set tracker = "compare" for it in machine.toml (costs a pass over memory while stopped), or run a newer kernel',
         )
         for member in parts.members
-        if not member.info.opaque and tracker_of(member) == "untracked"
+        if not member.info.opaque and tracker_of(member) == "untracked" and parts.qemu is None
+    ]
+    reasons += [
+        _reason(
+            member.id,
+            f"its image is not known ({disk.option}), so nobody can see that the destination has the same",
+            f"adopt the machine again, with --image {member.id}=PATH",
+        )
+        for member in parts.members
+        for disk in member.info.disks
+        if disk.option not in member.entry["images"]
     ]
     if reasons:
         raise IncompatibleError(reasons)
@@ -136,6 +147,8 @@ def incoming_config(
                 )
         if entry.id == VCPU_ID:
             vcpu = entry.id in available
+            if qemu is not None and NAME.fullmatch(backend := entry.options.get("backend", "")):
+                qemu = replace(qemu, backend=backend)
         elif entry.id in available:
             devices.append(
                 DeviceConfig(

@@ -141,6 +141,11 @@ class SourceMigration:
         self._parts = parts = await Participants.find(bus)
         await parts.supervisor.on_changed(self._machine_changed)
         preflight.check_source(parts)
+        if spec.verify and not parts.description["mapped"]:
+            raise UsageError(
+                "--verify needs memory that ferry gave QEMU, and this one was adopted", phase=Phase.PREFLIGHT,
+                remedy="leave it out; QEMU's own migration is digested from the stop on",
+            )  # fmt: skip
         if parts.qemu is not None:
             self._qemu = Qemu(parts.qemu)
             self._facts = await qemu_out.inspect(self._qemu, parts)
@@ -192,7 +197,7 @@ class SourceMigration:
         await parts.supervisor.peer_is(self.spec.job, agreed.incarnation)
         memory = await parts.map_memory()
         stack.callback(memory.close)
-        self.outcome.ram_bytes = memory.size
+        self.outcome.ram_bytes = sum(region["size"] for region in parts.description["regions"])
         if self._qemu is not None and self._facts is not None:
             return await self._start_qemu(stack, parts, link, memory, agreed, self._qemu, self._facts)
         await link.send(m.Start(agreed.connections, coarse_extents(memory)))

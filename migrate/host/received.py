@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from migrate.errors import Phase, UsageError
@@ -13,6 +14,7 @@ from migrate.machine.config import (
     OPTION,
     DeviceConfig,
     MachineConfig,
+    QemuConfig,
     RegionConfig,
     check_regions,
 )
@@ -36,12 +38,21 @@ def machine_of(raw: object, host: HostConfig) -> MachineConfig:
     if not isinstance(devices, list) or len(devices) > MAX_DEVICES:
         raise _bad(f"has no list of at most {MAX_DEVICES} devices")
     memory = [RegionConfig(_number(item, "gpa"), _number(item, "size")) for item in regions]
-    qemu = host.qemu_of(str(raw["name"])) if raw.get("qemu") else None
+    qemu = _qemu(raw, host)
     check_regions(memory, _WHERE, qemu=qemu is not None)
     members = [_device(item, host) for item in devices]
     if len({member.id for member in members}) != len(members):
         raise _bad("has two devices with one id")
     return MachineConfig(str(raw["name"]), memory, members, vcpu=raw.get("vcpu") is True, qemu=qemu)
+
+
+def _qemu(raw: Mapping[str, Any], host: HostConfig) -> QemuConfig | None:
+    """How this host starts it; of what came, only what the memory's object is called."""
+    given = raw.get("qemu")
+    if not isinstance(given, Mapping):
+        return None
+    backend: Any = given.get("backend")
+    return replace(host.qemu_of(str(raw["name"])), backend=backend if _is_name(backend) else "")
 
 
 def _device(raw: object, host: HostConfig) -> DeviceConfig:

@@ -93,6 +93,51 @@ class Child:
             await self._waiter
 
 
+class Adopted:
+    """A process that others started, and will end: its death is told, and no more. Has what Child has, for who only looks."""
+
+    powered_off = False
+    expected = False
+
+    def __init__(self, name: str, pid: int, on_death: Callable[[Adopted], None]) -> None:
+        """:raises DeviceGone: it has ended."""
+        self.name, self.pid = name, pid
+        self._on_death = on_death
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise self.obituary(Phase.SETUP) from None
+        asyncio.get_running_loop().add_reader(self._fd, self._ended)
+
+    def _ended(self) -> None:
+        self._let_go()
+        if not self.expected:
+            self._on_death(self)
+
+    def _let_go(self) -> None:
+        if self._fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def alive(self) -> bool:
+        return self._fd >= 0
+
+    def obituary(self, phase: Phase) -> DeviceGone:
+        return DeviceGone(
+            f"its process {self.pid} has ended",
+            device=self.name,
+            phase=phase,
+            remedy="see its log; others started it",
+        )
+
+    async def stop(self, patience: float = 0.0) -> None:
+        """It goes on; nobody here looks at it any more."""
+        self.expected = True
+        self._let_go()
+
+
 def last_line(log: Path) -> str:
     """The last line of a log that says something, at most 300 characters."""
     try:

@@ -61,6 +61,8 @@ class QemuConfig:
     command: Sequence[str] = ()
     qmp: str = ""
     bus: str = ""  #: of an adopted machine: where its devices' processes are
+    images: Mapping[str, str] = field(default_factory=dict)  #: of an adopted machine: image by device
+    backend: str = ""  #: id of the memory's object, where it arrives from another QEMU
     state: str = "ferry"  #: "ferry": devices' states go by the coordinator; "qemu": by QEMU's dbus-vmstate
 
 
@@ -208,7 +210,26 @@ def _qemu(raw: Mapping[str, Any], where: str) -> QemuConfig | None:
         return None
     if "vcpu" in raw:
         raise UsageError(f"{where}: both [vcpu] and [qemu]", remedy="keep the one that is its VMM")
-    return qemu_table(raw["qemu"], f"{where}: [qemu]")
+    where += ": [qemu]"
+    if not isinstance(raw["qemu"], Mapping) or "qmp" not in raw["qemu"]:
+        return qemu_table(raw["qemu"], where)
+    table = _Table(raw["qemu"], where, ("qmp", "bus", "images", "state"))
+    images = table.raw.get("images", {})
+    if not isinstance(images, Mapping) or not all(isinstance(path, str) for path in images.values()):
+        raise UsageError(
+            f"{where}: images is not a table of paths", remedy='write images = { disk0 = "/path" }'
+        )
+    if raw.get("device") or "memory" in raw:
+        raise UsageError(
+            f"{where}: a QEMU that runs has its devices and its memory already",
+            remedy="leave out [[device]] and [[memory]]: devices are those on its bus",
+        )
+    return QemuConfig(
+        qmp=table.text("qmp"),
+        bus=table.text("bus"),
+        images=dict(images),
+        state=table.choice("state", ("ferry", "qemu"), "ferry"),
+    )
 
 
 def qemu_table(raw: object, where: str) -> QemuConfig:

@@ -14,21 +14,23 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from migrate.bus import Bus, PrivateBus
+from migrate.bus.daemon import AdoptedBus
+from migrate.bus.qemu import QemuClient
 from migrate.bus.supervisor import NAME, PATH, supervisor_interface
 from migrate.errors import FerryError, Phase, UsageError
 from migrate.machine import hostconfig
-from migrate.machine.children import Child
-from migrate.machine.config import MachineConfig
+from migrate.machine.children import Adopted, Child
+from migrate.machine.config import VCPU_ID, MachineConfig, RegionConfig
 from migrate.machine.ledger import Entry, Ledger, Verdict, decisive
 from migrate.machine.roster import Roster
 from migrate.machine.service import SupervisorFace
 from migrate.machine.states import MachineState
 from migrate.machine.supervisor import Supervisor
-from migrate.memory import GuestMemory, RegionSpec
+from migrate.memory import GuestAddress, GuestMemory, RegionSpec
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,12 @@ class MachineProcess:
         self.spec = spec
         self.host = hostconfig.load(spec.host)
         self.directory = self.host.machine_directory(spec.machine.name)
-        self.private_bus = PrivateBus(self.directory / "bus")
+        qemu = spec.machine.qemu
+        self.private_bus: PrivateBus | AdoptedBus = (
+            AdoptedBus(self.directory / "bus", qemu.bus)
+            if qemu and qemu.qmp
+            else PrivateBus(self.directory / "bus")
+        )
         self.bus: Bus | None = None
         self.supervisor: Supervisor | None = None
         self.roster: Roster | None = None
@@ -101,11 +108,19 @@ class MachineProcess:
         check_ledger(self.ledger, machine.name, incoming=spec.incoming, fresh=spec.fresh)
         for stale in self.directory.glob("d*.sock"):
             stale.unlink(missing_ok=True)
-        self.memory = GuestMemory.create([RegionSpec(r.gpa, r.size) for r in machine.regions], machine.name)  # type: ignore[arg-type]
+        adopted = machine.qemu is not None and bool(machine.qemu.qmp)
+        if adopted:
+            self.memory = GuestMemory()  # QEMU has its own
+        else:
+            regions = [RegionSpec(GuestAddress(r.gpa), r.size) for r in machine.regions]
+            self.memory = GuestMemory.create(regions, machine.name)
         await self.private_bus.start()
         self.bus = await Bus.connect(self.private_bus.address)
         self.roster = Roster(machine, self.host, self._died)
         await self.roster.start(self.bus, self.private_bus.address, self.memory, incoming=spec.incoming)
+        machine = self.roster.machine
+        if adopted:
+            machine = await self._measured(self.bus, machine)
         self.supervisor = Supervisor(
             machine,
             self.roster,
@@ -122,6 +137,13 @@ class MachineProcess:
                 self.ledger.write(Entry.RESUMED, "fresh", self.ledger.next_epoch(), detail="started afresh")
             await self.supervisor.start()
         return self.supervisor
+
+    async def _measured(self, bus: Bus, machine: MachineConfig) -> MachineConfig:
+        """With the size of the memory that an adopted QEMU has."""
+        assert self.roster is not None and self.roster.vcpu is not None
+        client = QemuClient(bus, self.roster.vcpu.client.unique_name, VCPU_ID)
+        facts = await client.facts(phase=Phase.SETUP)
+        return replace(machine, regions=[RegionConfig(0, int(facts["ram"]))])
 
     async def _serve(self, bus: Bus, supervisor: Supervisor) -> None:
         bus.export(PATH, supervisor_interface(SupervisorFace(supervisor)))
@@ -157,7 +179,7 @@ class MachineProcess:
         assert self.bus is not None
         await self.bus.call(name, "/", "org.freedesktop.DBus.Peer", "Ping", timeout=seconds)
 
-    def _died(self, child: Child) -> None:
+    def _died(self, child: Child | Adopted) -> None:
         if self.supervisor is not None:
             self.supervisor.participant_died(child)
 

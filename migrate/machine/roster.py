@@ -11,11 +11,11 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from migrate.bus import Bus, DeviceClient, DeviceInfo, discover
 from migrate.errors import DeviceGone, DeviceRefused, DeviceTimeout, FerryError, Phase
-from migrate.machine.children import Child
+from migrate.machine.children import Adopted, Child
 from migrate.machine.config import VCPU_ID, DeviceConfig, MachineConfig
 from migrate.machine.hostconfig import HostConfig
 from migrate.memory import GuestMemory
@@ -34,7 +34,7 @@ SERVED_POLL_SECONDS = 0.002
 @dataclass(slots=True)
 class Participant:
     config: DeviceConfig
-    child: Child
+    child: Child | Adopted
     client: DeviceClient
     info: DeviceInfo
 
@@ -50,12 +50,14 @@ class Times:
 class Roster:
     """All participants by Id. Knows nothing of migrations or ledgers."""
 
-    def __init__(self, machine: MachineConfig, host: HostConfig, on_death: Callable[[Child], None]) -> None:
+    def __init__(
+        self, machine: MachineConfig, host: HostConfig, on_death: Callable[[Child | Adopted], None]
+    ) -> None:
         self.machine = machine
         self.host = host
         self.directory = host.machine_directory(machine.name)
         self.participants: dict[str, Participant] = {}
-        self.children: dict[str, Child] = {}
+        self.children: dict[str, Child | Adopted] = {}
         self._on_death = on_death
         self._found = asyncio.Condition()  #: told when the participants were looked up anew
 
@@ -66,6 +68,9 @@ class Roster:
 
         :raises DeviceError: naming the device that did not start, and its last words.
         """
+        if self.machine.qemu and self.machine.qemu.qmp:
+            await self._adopt(bus, address)
+            return
         mode = "--incoming" if incoming else "--paused"
         for device in self.configs():
             command = [
@@ -84,6 +89,33 @@ class Roster:
                 takers,
                 lambda p, r=region: p.client.attach_memory(r.gpa, r.size, r.fd, r.offset),  # type: ignore[misc]
             )
+
+    async def _adopt(self, bus: Bus, address: str) -> None:
+        """The devices are those on the bus, and they run; QEMU is shown by a process of ours, which adopts it.
+
+        :raises DeviceError: naming the one that does not run, or says nothing.
+        """
+        assert self.machine.qemu is not None
+        images, devices = self.machine.qemu.images, []
+        for number, (name, client) in enumerate(sorted((await discover(bus)).items()), 1):
+            info = await client.info()
+            if not info.opaque and info.state != DeviceState.RUNNING:
+                raise DeviceRefused(
+                    f"it is {info.state}; what is adopted has to run", device=name, phase=Phase.SETUP,
+                    remedy="start it without --paused and --incoming",
+                )  # fmt: skip
+            kind = name if info.opaque else info.type
+            protocol = "vhost-user" if kind.startswith("vhost-user-") else "none"
+            local = {"image": images[name]} if name in images else {}
+            devices.append(DeviceConfig(name, kind, protocol, irq=number, local=local))
+            self.children[name] = Adopted(name, info.pid, self._on_death)
+        self.machine = replace(self.machine, devices=devices)
+        vcpu = self.configs()[-1]
+        command = [*self.host.command_of(vcpu.type), *self._arguments(vcpu, address)]
+        self.children[vcpu.id] = await Child.start(
+            vcpu.id, command, self.directory / f"{vcpu.id}.log", self._on_death
+        )
+        await self.find(bus)
 
     def configs(self) -> list[DeviceConfig]:
         """Every participant's configuration, the vCPU last."""
@@ -141,6 +173,7 @@ class Roster:
             "qmp": qemu.qmp,
             "bus": address,
             "state": qemu.state,
+            "backend": qemu.backend,
             "devices": [
                 {
                     "id": d.id,

@@ -81,7 +81,8 @@ def description(it: Supervisor) -> dict[str, object]:
         "name": it.machine.name,
         "state": str(it.state),
         "detail": it.detail,
-        "regions": [{"gpa": region.gpa, "size": region.size} for region in it.memory.regions],
+        "regions": [{"gpa": region.gpa, "size": region.size} for region in it.machine.regions],
+        "mapped": bool(it.memory.regions),
         "qemu": it.machine.qemu.state if it.machine.qemu is not None else None,
         "devices": [
             {

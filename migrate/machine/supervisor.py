@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from migrate.errors import FerryError, LedgerError, LocalProtocolError, Phase, Reason, UsageError
-from migrate.machine.children import Child
+from migrate.machine.children import Adopted, Child
 from migrate.machine.config import VCPU_ID, MachineConfig
 from migrate.machine.ledger import Entry, Ledger, heard_of
 from migrate.machine.roster import Roster
@@ -100,7 +100,8 @@ class Supervisor:
     async def start(self) -> None:
         async with self._lock:
             self._require(S.STARTING)
-            await self.roster.resume(0)
+            if not (self.machine.qemu and self.machine.qemu.qmp):  # what is adopted runs
+                await self.roster.resume(0)
             self._enter(S.RUNNING)
 
     async def pause(self) -> None:
@@ -341,7 +342,7 @@ class Supervisor:
                 self._enter(S.RUNNING)
                 return
 
-    def _dead(self) -> Child | None:
+    def _dead(self) -> Child | Adopted | None:
         return next((child for child in self.roster.children.values() if not child.alive), None)
 
     async def abort_incoming(self, job: str, reasons: str) -> None:
@@ -455,11 +456,11 @@ class Supervisor:
                 self._write_aborted(job, f"nobody asked for {HOLD_SECONDS:.0f} s")
                 self._enter(S.ENDED, f"nobody asked for {HOLD_SECONDS:.0f} s")
 
-    def participant_died(self, child: Child) -> None:
+    def participant_died(self, child: Child | Adopted) -> None:
         """A participant of this machine is gone: the machine's failure. Called by the process around us."""
         self._background(self._participant_died(child))
 
-    async def _participant_died(self, child: Child) -> None:
+    async def _participant_died(self, child: Child | Adopted) -> None:
         if child.name == VCPU_ID and child.powered_off:
             await self._powered_off()
             return

@@ -36,6 +36,8 @@ class Facts:
     state: str  #: "ferry" or "qemu": by whom devices' states go
     version: str
     accel: str
+    vmstate: bool = False  #: whether it has a dbus-vmstate, which carries every helper on its bus
+    backend: str = ""  #: id of the memory's object, which the destination's must have
     blocked: tuple[str, ...] = ()
     capabilities: frozenset[str] = field(default_factory=frozenset)
 
@@ -51,6 +53,8 @@ class Facts:
             str(raw["state"]),
             str(raw["version"]),
             str(raw["accel"]),
+            bool(raw["vmstate"]),
+            str(raw["backend"]),
             tuple(map(str, raw["blocked"])),
             frozenset(map(str, raw["capabilities"])),
         )
@@ -65,6 +69,7 @@ class Facts:
             "state": self.state,
             "qemu": self.version,
             "accel": self.accel,
+            "backend": self.backend,
         }
         return same | {_FUNCTION + where: what for where, what in self.pci.items()}
 
@@ -94,6 +99,15 @@ def against(facts: Facts, device: str) -> list[Reason]:
                 f"QEMU {facts.version} under TCG loses writes of the guest while it migrates RAM of a multiple of 256 KiB "
                 f"({facts.ram >> 10}K)",
                 f"give the guest a little less, such as {(facts.ram >> 10) + 8}K; or use KVM, or QEMU 9.0",
+                device,
+            )
+        )
+    if facts.vmstate != (facts.state == "qemu"):
+        has, way = ("has a", "qemu") if facts.vmstate else ("has no", "ferry")
+        reasons.append(
+            _reason(
+                f"QEMU {has} dbus-vmstate of its own, and the states of its devices are to go by {facts.state}",
+                f'say state = "{way}" (`ferry adopt --state {way}`), on both hosts',
                 device,
             )
         )

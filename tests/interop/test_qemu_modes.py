@@ -197,3 +197,67 @@ def test_our_devices_move_between_two_plain_qemus_and_a_disk_that_is_killed_is_s
         asyncio.run(_plain(directory))
     finally:
         shutil.rmtree(directory)
+
+
+# -- adopted ---------------------------------------------------------------------------------------------------------------------
+
+
+async def _started(plain: Plain) -> None:
+    await plain.start()
+    await asyncio.to_thread(eventually, lambda: console.last_synced(plain.said()) > 40, "the guest works")
+    await plain.qmp.disconnect()  # its monitor takes one client
+
+
+def test_a_qemu_that_runs_is_adopted_let_go_of_adopted_again_and_moved(world: World) -> None:
+    a, b = world.a, world.b
+    for host in world.hosts:
+        host.clear()
+        host.carried_by = "qemu"
+    directory = world.pen.directory / "plain"
+    kernel = initramfs.find_kernel()
+    image = world.pen.directory / "storage" / "adopted.img"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    archive = world.pen.directory / "initramfs"
+    plain = Plain(directory, image, archive, kernel.image, incoming=False)
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(_started(plain))
+        b.write_toml([word.replace("disk=2", "disk=1") for word in world.command])
+        b.restart()
+        words = ["adopt", "web1", "--qmp", f"{directory}/qmp", "--bus", plain.private.address, "--fresh"]
+        said = a.ferry(*words)
+        assert said.code == 0, said
+        said = a.ferry("check", "web1", "--to", b.tls)
+        assert said.code == 3, said
+        assert "its image is not known" in " ".join(said.out + said.err)
+        assert a.ferry("stop", "web1").code == 0
+        before = console.last_tick(directory / "console.out")
+        eventually(
+            lambda: console.last_tick(directory / "console.out") > before + 10, "it runs on, let go of"
+        )
+        said = a.ferry(*words, "--image", f"disk0={image}")
+        assert said.code == 0, said
+        said = a.ferry("check", "web1", "--to", b.tls)
+        assert said.code == 3, said
+        assert "QEMU has a dbus-vmstate of its own" in " ".join(said.out + said.err)
+        assert a.ferry("stop", "web1").code == 0
+        assert a.ferry(*words, "--image", f"disk0={image}", "--state", "qemu").code == 0
+        assert a.state() == "running"
+        said = world.move(a, b, "--verify")
+        assert said.code == 2, said
+        assert "this one was adopted" in said.err[0]
+        said = world.move(a, b)
+        assert said.code == 0, said
+        b.ticks_on()
+        eventually(lambda: plain.processes["qemu"].poll() is not None, "the QEMU that was left has ended")
+        world.guest_is_whole(b)
+        report = console.read(plain.said(), b.console(), 0)
+        assert (report.corrupt, report.missed) == (0, 0)
+    finally:
+        for process in plain.processes.values():
+            process.kill()
+            process.wait()
+        loop.run_until_complete(plain.bus.close())
+        loop.run_until_complete(plain.private.stop())
+        loop.close()

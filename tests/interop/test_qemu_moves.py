@@ -13,6 +13,7 @@ from migrate.cli.demo.linux import console
 from tests.faults.leftovers import pen
 from tests.faults.rig import MACHINE, eventually
 from tests.interop.qemu_world import QEMU, World, go_on, needs_qemu, stop, word_for
+from tests.interop.shuttle import shuttle
 
 pytestmark = [needs_qemu, pytest.mark.timeout(240)]
 
@@ -67,6 +68,13 @@ def test_what_it_acknowledged_before_the_end_is_on_the_disk(world: World) -> Non
     there.tell_guest("quit")
     eventually(lambda: not there.state(), "the guest has powered off")
     world.disk_is_whole()
+
+
+def test_to_and_fro_with_every_third_attempt_made_to_fail_it_reads_back_all_that_it_wrote(
+    world: World,
+) -> None:
+    """The short form of `python -m tests.interop.shuttle`."""
+    assert len(shuttle(world, 6, lambda text: None)) == 4
 
 
 # -- it stays -----------------------------------------------------------------------------------------------------------------

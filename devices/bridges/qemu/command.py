@@ -1,7 +1,7 @@
 """QEMU's command line: what machine.toml says, with our monitor, memory, and the devices whose back ends are processes of ours.
 
-What is added has ids that begin with `ferry-`, so that it cannot meet what the user wrote. `{dir}` in the user's words is the
-machine's directory on this host.
+What is added has ids that begin with `ferry-`, so that it cannot meet what the user wrote. In the user's words `{dir}` is the
+machine's directory on this host, and `{socket.ID}` where a device's back end listens: that device is then not added.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Platform:
     bus: str
     state: str  #: "ferry", or "qemu": device state goes by QEMU's dbus-vmstate
     devices: tuple[DeviceEntry, ...]
+    backend: str = ""  #: id of the memory's object, "" for ours
 
     @classmethod
     def read(cls, path: Path) -> Platform:
@@ -49,7 +50,9 @@ class Platform:
             DeviceEntry(item["id"], item["type"], item["socket"], dict(item["options"]))
             for item in raw["devices"]
         ]
-        return cls(tuple(raw["command"]), raw["qmp"], raw["bus"], raw["state"], tuple(devices))
+        return cls(
+            tuple(raw["command"]), raw["qmp"], raw["bus"], raw["state"], tuple(devices), raw["backend"]
+        )
 
     @property
     def driven(self) -> list[DeviceEntry]:
@@ -74,12 +77,17 @@ def build(
             )
     fd, size = memory
     words += ["-S", "-qmp", f"unix:{_escaped(str(monitor))},server=on,wait=off"]
+    backend = platform.backend or _BACKEND
     words += [
-        "-object", f"memory-backend-file,id={_BACKEND},size={size},mem-path=/proc/self/fd/{fd},share=on",
-        "-machine", f"memory-backend={_BACKEND}", "-m", f"size={size >> 10}K",
+        "-object", f"memory-backend-file,id={backend},size={size},mem-path=/proc/self/fd/{fd},share=on",
+        "-machine", f"memory-backend={backend}", "-m", f"size={size >> 10}K",
     ]  # fmt: skip
     for device in platform.driven:
-        words += _device(device)
+        place = f"{{socket.{device.id}}}"
+        if any(place in word for word in words):  # the user says where it is
+            words = [word.replace(place, _escaped(device.socket)) for word in words]
+        else:
+            words += _device(device)
     if platform.state == "qemu":
         words += ["-object", f"dbus-vmstate,id=ferry-vmstate,addr={_escaped(platform.bus)}"]
     return [*words, "-incoming", "defer"] if incoming else words

@@ -29,8 +29,18 @@ def read(monitor: Monitor) -> dict[str, Any]:
         "accel": "kvm" if ask("query-kvm")["enabled"] else "tcg",
         "blocked": [str(why) for why in ask("query-migrate").get("blocked-reasons", [])],
         "capabilities": [str(item["capability"]) for item in capabilities],
+        "backend": _backend(monitor),
+        "vmstate": any("dbus-vmstate" in str(item["type"]) for item in ask("qom-list", path="/objects")),
         "pci": _functions(ask("query-pci")),
     }
+
+
+def _backend(monitor: Monitor) -> str:
+    """The id of the object that is the guest's memory: QEMU's stream calls the memory by it."""
+    found = monitor.execute(
+        "qom-get", {"path": "/machine", "property": "memory-backend"}, phase=Phase.PREFLIGHT
+    )
+    return str(found).rpartition("/")[2] or "pc.ram"
 
 
 def machine_type(monitor: Monitor) -> str:

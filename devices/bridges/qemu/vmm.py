@@ -74,6 +74,13 @@ class QemuVmm(Participant):
         self._saved: dict[str, object] | None = None
         if platform.qmp:
             self._connect(Path(platform.qmp), lambda: True)
+            if (state := self._runstate()) != "running" or self._migration() in GOING_ON:
+                raise DeviceRefused(
+                    f"the QEMU at {platform.qmp} is {state}, or is being migrated",
+                    device=identity,
+                    phase=Phase.SETUP,
+                    remedy="adopt it while it runs",
+                )
 
     # -- QEMU's life --------------------------------------------------------------------------------------------------------
 
@@ -310,7 +317,12 @@ class QemuVmm(Participant):
         if outcome == "aborted":
             self._cancel()
         elif self._platform.qmp and self._migrating_out:
-            self.monitor.execute("quit")  # adopted, and moved away: nobody may `cont` what runs elsewhere
+            # Adopted, and moved away: nobody may `cont` what runs elsewhere.
+            self._ending.set()
+            try:
+                self.monitor.execute("quit")
+            except DeviceGone:
+                pass  # it was faster than its answer
 
     # -- state ------------------------------------------------------------------------------------------------------------------
 

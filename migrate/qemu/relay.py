@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
+import select
 import socket
 import threading
 import time
@@ -69,14 +71,15 @@ class RelayOut:
         self._channels = channels
         self._on_failure = on_failure
         self._stopped = False
-        self._closing = False
+        self._closing = threading.Event()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._open = len(channels)
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen(len(channels))
-        self._listener.settimeout(CONNECT_SECONDS)
+        self._listener.setblocking(False)
         self._threads = [
             threading.Thread(target=self._guarded, args=(self._accept,), name="relay", daemon=True)
         ]
@@ -105,10 +108,12 @@ class RelayOut:
 
     def _accept(self) -> None:
         for number in range(len(self._channels)):
-            try:
-                connection, _ = self._listener.accept()
-            except TimeoutError:
-                raise _too_slow(f"made {number} of {len(self._channels)} connections") from None
+            ready, _, _ = select.select([self._listener.fileno(), self._wake], [], [], CONNECT_SECONDS)
+            if self._wake in ready:
+                return
+            if not ready:
+                raise _too_slow(f"made {number} of {len(self._channels)} connections")
+            connection, _ = self._listener.accept()
             connection.settimeout(None)
             with self._lock:
                 self._sockets.append(connection)
@@ -132,7 +137,7 @@ class RelayOut:
             stopped = self._stopped
             if not size and not stopped:
                 # What it was is told by its monitor or by its end; the destination is not to be told of it as the end of a stream.
-                time.sleep(LAST_WORDS_SECONDS)
+                self._closing.wait(LAST_WORDS_SECONDS)
                 raise DeviceGone("QEMU has closed its migration's channel early", phase=Phase.PRECOPY)
             buffer[:_HEAD] = frames.encode_relay(number, size, digested=stopped)
             if stopped:
@@ -152,26 +157,27 @@ class RelayOut:
         try:
             work(*arguments)
         except FerryError as error:
-            if not self._closing:
+            if not self._closing.is_set():
                 self._on_failure(error)
         except OSError as error:
-            if not self._closing:
+            if not self._closing.is_set():
                 self._on_failure(TransportError(f"QEMU's channel broke: {error}", phase=Phase.PRECOPY))
 
     def close(self) -> None:
         """QEMU's connections end, and with them a migration of its that has not ended. Channels are aborted."""
-        self._closing = True
+        self._closing.set()
+        os.eventfd_write(self._wake, 1)
         for channel in self._channels:
             channel.abort()
-        _shut(self._listener)
-        with self._lock:
-            for connection in self._sockets:
-                _shut(connection)
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(2.0)
+        if self._threads[0].ident is not None:
+            self._threads[0].join(2.0)
+        for connection in self._sockets:
+            _shut(connection)
+        for thread in self._threads[1:]:
+            thread.join(2.0)
         for connection in [*self._sockets, self._listener]:
             connection.close()
+        os.close(self._wake)
         for channel in self._channels:
             channel.close()
         self.path.unlink(missing_ok=True)
@@ -192,7 +198,7 @@ class RelayIn:
         self._lock = threading.Lock()
         self._ends: dict[int, bytes] = {}
         self._all_ended = threading.Event()
-        self._closing = False
+        self._closing = threading.Event()
         self._inline = hashlib.sha256()
 
     def listen(self, path: Path, count: int) -> None:
@@ -204,7 +210,7 @@ class RelayIn:
     def _connect(self, index: int) -> socket.socket:
         """In order. :raise DeviceGone: QEMU does not listen, or an earlier connection never had a byte."""
         deadline = time.monotonic() + CONNECT_SECONDS
-        if index and not self._made[index - 1].wait(CONNECT_SECONDS):
+        if (index and not self._made[index - 1].wait(CONNECT_SECONDS)) or self._closing.is_set():
             raise _too_slow(f"made no use of its connection {index - 1}")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         while True:
@@ -212,7 +218,7 @@ class RelayIn:
                 connection.connect(str(self._path))
                 break
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-                if time.monotonic() > deadline or self._closing:
+                if time.monotonic() > deadline or self._closing.is_set():
                     connection.close()
                     raise _too_slow("did not listen for its migration") from None
                 time.sleep(0.005)
@@ -311,8 +317,8 @@ class RelayIn:
                 work()
             except FerryError as error:
                 if isinstance(error, DeviceGone):
-                    time.sleep(LAST_WORDS_SECONDS)
-                if not self._closing:
+                    self._closing.wait(LAST_WORDS_SECONDS)
+                if not self._closing.is_set():
                     self._on_failure(error)
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
@@ -321,9 +327,11 @@ class RelayIn:
 
     def close(self) -> None:
         """Nothing more is taken or given."""
-        self._closing = True
+        self._closing.set()
         for channel in self._channels:
             channel.abort()
+        for made in self._made:
+            made.set()  # whoever waits for an earlier connection
         with self._lock:
             connections = list(self._sockets.values())
         for connection in connections:

@@ -121,7 +121,7 @@ def test_we_never_write_a_frame_that_the_peer_must_refuse(kind: Kind) -> None:
     "raw",
     [
         header_of(0, 0),
-        header_of(5, 0),
+        header_of(6, 0),
         header_of(Kind.PAGES, 12, flags=2),
         header_of(Kind.CONTROL, 12, flags=1),
         header_of(Kind.PAGES, 12, zero=1),

@@ -42,7 +42,7 @@ def read(before: bytes, after: bytes | None, at_start: int) -> GuestReport:
     ticks = TICK.findall(whole)
     numbers = [int(number) for number, _ in ticks]
     times = [int(time) for _, time in ticks]
-    until = TICK.findall(before)
+    until = TICK.findall(before[: before.rfind(b"\n") + 1])
     return GuestReport(
         ticks_before=int(until[-1][0]) if until and after is not None else at_start,
         ticks_after=numbers[-1] if numbers else 0,

@@ -14,14 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
 
-from devices.kit import Device, main
-from devices.kit.state_format import StateFormat
-from devices.protocols.vhost_user.memory import MemoryTable
-from devices.protocols.vhost_user.server import Server
+from devices.kit import main
+from devices.protocols.vhost_user.device import VhostUserDevice
 from devices.virtio import blk
 from devices.virtio.backing import Image
 from devices.virtio.options import choice, number, serial_of, switch
-from devices.virtio.ring import DriverFault, SplitQueue
+from devices.virtio.ring import SplitQueue
 from devices.virtio.runner import QueueRunner
 from migrate.bus import Disk
 from migrate.errors import DeviceRefused, DeviceTimeout, Phase, UsageError
@@ -29,9 +27,6 @@ from migrate.errors import DeviceRefused, DeviceTimeout, Phase, UsageError
 DEFAULT_QUEUES: Final = 1
 MAX_QUEUES: Final = 8
 QUEUE_SIZE: Final = 1024
-#: Features of the rings (virtio 1.2 §6).
-_RINGS: Final = 1 << 28 | 1 << 29 | 1 << 32
-_EVENT_IDX, _INDIRECT = 1 << 29, 1 << 28
 #: Seconds that a ring's stop waits for a request that is on its way to the image.
 PATIENCE: Final = 4.0
 #: How often a lock that another host has is asked for again, s: the ring waits as long.
@@ -40,14 +35,10 @@ _AGAIN: Final = 0.02
 log = logging.getLogger(__name__)
 
 
-class VhostUserBlk(Device):
+class VhostUserBlk(VhostUserDevice):
     type = "vhost-user-blk"
-    regions = ()
-    irqs = ()
-    #: Guest memory comes by vhost-user and what is written there is in QEMU's dirty log, not in a tracker of the kit.
-    writes_memory = False
     options: ClassVar[Mapping[str, str]] = {
-        "vhost_user": "path of the socket that QEMU connects to",
+        **VhostUserDevice.SOCKET,
         "image": "path of the raw image, a whole number of sectors of 512 bytes",
         "read_only": "on or off, which is the default: the guest may not write",
         "queues": f"1 to {MAX_QUEUES}; {DEFAULT_QUEUES} without it",
@@ -56,26 +47,18 @@ class VhostUserBlk(Device):
     }
 
     def setup(self, options: Mapping[str, str]) -> None:
-        for needed in ("vhost_user", "image"):
-            if needed not in options:
-                raise UsageError(f"a vhost-user-blk needs {needed}", remedy=f"give --option {needed}=PATH")
+        self.prepare(options)
+        if "image" not in options:
+            raise UsageError("a vhost-user-blk needs an image", remedy="give --option image=PATH")
         count = number(options, "queues", DEFAULT_QUEUES, MAX_QUEUES)
         self._by_machine = choice(options, "lock", ("ring", "machine")) == "machine"
         self.image = Image(options["image"], read_only=switch(options, "read_only"))
-        self.table = MemoryTable()
-        self._format = StateFormat(self.type, self.id)
         serial = serial_of(options, self.id, blk.ID_BYTES)
         self.core = blk.BlockCore(self.image, self.table, serial.encode(), count)
         self.queues = [SplitQueue(self.table, QUEUE_SIZE) for _ in range(count)]
         self.runners = [self._runner(ring) for ring in range(count)]
-        self._wanted: set[int] = set()  # rings that QEMU wants served
-        self._ran: set[int] = (
-            set()
-        )  # and those that it wanted served when it last stopped any, until all have started again
-        self._active = False  # between leave_p2p and enter_p2p
-        self._server = Server(options["vhost_user"], self)
         self._locker = self.every(_AGAIN, self._try_to_lock)
-        self._server.start()
+        self.serve(options)
 
     def _runner(self, ring: int) -> QueueRunner:
         return QueueRunner(
@@ -83,108 +66,72 @@ class VhostUserBlk(Device):
             self.lock,
             f"{self.id}-queue{ring}",
             begin=self.core.begin,
-            interrupt=lambda: self._server.interrupt(ring),
-            broken=lambda fault: self._broken(ring, fault),
+            interrupt=lambda: self.server.interrupt(ring),
+            broken=lambda fault: self.broken(ring, fault),
         )
 
-    def _broken(self, ring: int, fault: DriverFault) -> None:
-        self._server.broken(ring)
+    # -- VhostUserDevice ----------------------------------------------------------------------------------------------------------
 
-    # -- devices.protocols.vhost_user.session.Backend ----------------------------------------------------------------------------
+    def device_features(self) -> int:
+        return self.core.features
 
-    @property
-    def features(self) -> int:
-        return self.core.features | _RINGS
+    def accepted(self, features: int) -> None:
+        self.core.negotiated = features
 
     def config(self) -> bytes:
         return self.core.config()
 
-    def negotiated(self, features: int) -> None:
-        self.core.negotiated = features
-        for queue in self.queues:
-            queue.configure(event_idx=bool(features & _EVENT_IDX), indirect=bool(features & _INDIRECT))
-
-    def start_ring(self, ring: int) -> None:
-        self._wanted.add(ring)
-        self._serve()
-
-    def stop_ring(self, ring: int) -> None:
-        self._wanted.discard(ring)
-        if not self.runners[ring].rest(PATIENCE):
-            log.error("event=ring-hangs ring=%d reason='the image has not answered for %g s'", ring, PATIENCE)
-        if not self._wanted and not self._by_machine:
-            self._let_go()
-
     def notified(self, ring: int) -> None:
         self.runners[ring].notify()
 
-    def save_blob(self) -> bytes:
-        return self._format.write(self.save(), self._format.version.version)
+    def allow(self, ring: int) -> None:
+        self.runners[ring].allow()
 
-    def check_blob(self, blob: bytes) -> None:
-        self.check(self._format.read(blob))
+    def rest(self, ring: int) -> None:
+        if not self.runners[ring].rest(PATIENCE):
+            log.error("event=ring-hangs ring=%d reason='the image has not answered for %g s'", ring, PATIENCE)
 
-    def load_blob(self, blob: bytes) -> None:
-        self.load(self._format.read(blob))
+    def stop_ring(self, ring: int) -> None:
+        super().stop_ring(ring)
+        if not self.wanted and not self._by_machine:
+            try:
+                self.image.unlock()
+            except DeviceRefused as error:
+                log.error("event=image-not-let-go reason=%r", error.reason)
 
-    # -- who is served ------------------------------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        """Rings that are wanted, while the device runs and the image is its own."""
-        if self._wanted and self._active and self._lock():
-            for ring in self._wanted:
-                self.runners[ring].allow()
-
-    def _lock(self) -> bool:
+    def ready(self) -> str:
+        """The image has to be ours; another host may be about to let go of it."""
         if self.image.locked:
-            return True
+            return ""
         try:
             self.image.lock()
         except DeviceRefused as error:
-            log.debug("event=image-locked reason=%r", error.reason)
-            return False
-        return True
+            return error.reason
+        return ""
 
     def _try_to_lock(self) -> None:
         """A ring that QEMU has started waits for the other host to let go of the image."""
-        if self._wanted and not self.image.locked:
-            self._serve()
+        if self.wanted and not self.image.locked:
+            self.serve_wanted()
 
-    def _let_go(self) -> None:
-        try:
-            self.image.unlock()
-        except DeviceRefused as error:
-            log.error("event=image-not-let-go reason=%r", error.reason)
-
-    def not_serving(self) -> str:
-        if not self._server.drained():
-            return "messages of the VMM are not carried out yet"
-        if self._wanted and not self._active:
-            return "the VMM has started its rings and the device is stopped"
-        if self._wanted and not self._lock():
-            return f"the image {self.image.path} is locked by another process"
-        return ""
+    # -- coming to rest and back --------------------------------------------------------------------------------------------------
 
     def start(self, stopped_ns: int) -> None:
         if self._by_machine:
             self.image.lock()
 
-    def leave_p2p(self) -> None:
-        self._active = True
-        self._serve()
-
     def enter_p2p(self) -> None:
         deadline = time.monotonic() + PATIENCE
         for runner in self.runners:
             if not runner.rest(max(deadline - time.monotonic(), 0)):
-                self._serve()
+                self.serve_wanted()
                 raise DeviceTimeout(
                     f"the image {self.image.path} has not answered a request for {PATIENCE:g} s",
                     remedy="its storage hangs; see the kernel's log of this host",
                     phase=Phase.STOP,
                     device=self.id,
                 )
-        self._active = False
+        self.active = False
 
     def disks(self) -> Sequence[Disk]:
         return (Disk("image", self.image.size, self.image.read_only),)
@@ -192,13 +139,8 @@ class VhostUserBlk(Device):
     def release_locks(self) -> None:
         self.image.unlock()
 
-    def reset(self) -> None:
-        self.core.negotiated = 0
-        for queue in self.queues:
-            queue.reset()
-
     def close(self) -> None:
-        self._server.close()
+        self.server.close()
         # Not for ever: the process is to end, also where an image hangs.
         if self.lock.acquire(timeout=1.0):
             for runner in self.runners:
@@ -215,7 +157,7 @@ class VhostUserBlk(Device):
             "read_only": self.image.read_only,
             "serial": self.core.serial.decode(),
             "queues": len(self.queues),
-            "features": self.core.negotiated,
+            "features": self.driver_features,
         }
 
     def check(self, state: Mapping[str, Any]) -> None:

@@ -79,6 +79,9 @@ class Journal(Protocol):
     def took(self, head: int) -> None:
         """Before anything is done for it."""
 
+    def untook(self, head: int) -> None:
+        """Nothing was done for it; it is available again."""
+
     def returning(self, head: int) -> None:
         """Before its element is in the used ring."""
 
@@ -210,6 +213,13 @@ class SplitQueue:
             raise DriverFault(f"an indirect table of {length} bytes; 16 to {16 * MAX_CHAIN} are possible")
         table = self._read(address, length)  # once: the driver may not change it under us
         return (lambda index: _DESCRIPTOR.unpack_from(table, _DESCRIPTOR.size * index)), count
+
+    def put_back(self, head: int) -> None:
+        """The request that was taken last is not taken after all."""
+        del self.in_flight[head]
+        if self.journal is not None:
+            self.journal.untook(head)
+        self.taken = (self.taken - 1) & 0xFFFF
 
     # -- and back -----------------------------------------------------------------------------------------------------------
 

@@ -304,7 +304,7 @@ def check_regions(regions: Sequence[RegionConfig], where: str, *, qemu: bool = F
 
 
 def _device(raw: object, where: str, number: int, base: Path, qemu: QemuConfig | None = None) -> DeviceConfig:
-    local = ("output", "input", "image")
+    local = ("output", "input", "image", "peer")
     table = _Table(
         raw, where, ("id", "type", "protocol", "command", "tracker", "irq", "vectors", "options", *local)
     )  # fmt: skip

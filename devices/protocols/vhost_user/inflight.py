@@ -99,6 +99,11 @@ class QueueInflight:
             self._words[2 + 2 * head + 1] = self._counter
             self._bytes[_HEAD + head * _ENTRY] = 1
 
+    def untook(self, head: int) -> None:
+        """It is available again."""
+        if head < self.entries:
+            self._clear(head)
+
     def returning(self, head: int) -> None:
         """Before its element is put into the used ring."""
         self._halves[6] = head

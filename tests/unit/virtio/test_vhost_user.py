@@ -444,7 +444,7 @@ def test_too_many_descriptors_end_the_connection_and_none_is_kept(bench: Bench) 
 
 def test_a_front_end_that_goes_leaves_nothing_behind_and_another_finds_the_device(bench: Bench) -> None:
     bench.front.close()
-    eventually(lambda: bench.device._server.session is None)
+    eventually(lambda: bench.device.server.session is None)
     before = descriptors()
     for _ in range(3):
         bench.front = FrontEnd(bench.path, bench.memory)
@@ -455,7 +455,7 @@ def test_a_front_end_that_goes_leaves_nothing_behind_and_another_finds_the_devic
         bench.kick()
         assert answered(bench, queue)[0].status == OK
         bench.front.close()
-        eventually(lambda: bench.device._server.session is None and descriptors() == before)
+        eventually(lambda: bench.device.server.session is None and descriptors() == before)
     bench.front = FrontEnd(bench.path, bench.memory)
 
 

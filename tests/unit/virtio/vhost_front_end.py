@@ -197,4 +197,4 @@ class Bench:
 
     def close_device(self) -> None:
         self.device.close()
-        assert self.device._server.ended(5.0)
+        assert self.device.server.ended(5.0)

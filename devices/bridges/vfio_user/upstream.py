@@ -37,6 +37,7 @@ _S = DeviceState
 SECONDS: Final = 3.5
 #: Seconds until a server listens that was started just now.
 START_SECONDS: Final = 20.0
+_RETRY: Final = 0.02
 _P2P: Final = frozenset({_S.RUNNING_P2P, _S.PRE_COPY_P2P})
 #: Where a session of reading or writing was left open by whoever had the server before.
 _HALFWAY: Final = frozenset({_S.ERROR, _S.RESUMING})
@@ -81,18 +82,27 @@ class Upstream:
 
     @classmethod
     def connect(cls, device: str, socket: str, alive: Callable[[], str]) -> Upstream:
-        """:param alive: why the process that should listen there will not; "" as long as it may.
+        """:param alive: how the process that should listen there ended; "" as long as it may yet.
 
         :raise DeviceGone, DeviceTimeout, DeviceRefused: nobody is there, it does not answer, or it speaks something else.
         """
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                return cls(device, Client.connect(socket, device=device, timeout=SECONDS if alive() else 0.5))
-            except DeviceGone as error:
-                if (why := alive()) or time.monotonic() > deadline:
-                    error.reason = f"its vfio-user server: {why or error.reason}"
-                    raise
+        while not os.path.exists(socket):
+            why = alive()
+            if why or time.monotonic() > deadline:
+                raise DeviceGone(
+                    f"its vfio-user server {why or f'does not listen at {socket}'}",
+                    remedy="see its log, and how it is started",
+                    phase=Phase.SETUP,
+                    device=device,
+                )
+            time.sleep(_RETRY)
+        client = Client.connect(socket, device=device, timeout=SECONDS)
+        try:
+            return cls(device, client)
+        except BaseException:
+            client.close()
+            raise
 
     def _ask_envelope(self) -> Envelope | None:
         try:

@@ -53,7 +53,8 @@ def main() -> NoReturn:
             arguments.id, socket, process.obituary if process is not None else lambda: ""
         )
         bridge = Bridge(arguments.id, upstream, options.get("model", ""), incoming=arguments.incoming)
-        server = Server(arguments.socket, Passing(bridge, upstream))
+        passing = Passing(bridge, upstream)
+        server = Server(arguments.socket, passing)
     except FerryError as error:
         error.device = error.device or arguments.id
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -64,6 +65,7 @@ def main() -> NoReturn:
     try:
         run(bridge, arguments, server)
     finally:
+        passing.close()
         if process is not None:
             process.end()
 

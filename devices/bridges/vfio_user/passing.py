@@ -99,6 +99,14 @@ class Passing:
                 self._io_fds[region] = []
         return self._io_fds[region]
 
+    def close(self) -> None:
+        """What the server has given; no VMM is served any more."""
+        memories = [memory.fd for memory in self._memories.values() if memory is not None]
+        for fd in {*memories, *(one.fd for found in self._io_fds.values() for one in found)}:
+            os.close(fd)
+        self._memories.clear()
+        self._io_fds.clear()
+
     def reset(self) -> None:
         self._require_responding()
         with _blame():

@@ -26,7 +26,8 @@ class Bridged:
         self.upstream = Upstream.connect(name, str(directory / "server"), lambda: "")
         self.bridge = Bridge(name, self.upstream, model)
         self.runtime = Runtime(self.bridge)
-        self.front = Server(str(directory / "vmm"), Passing(self.bridge, self.upstream))
+        self._passing = Passing(self.bridge, self.upstream)
+        self.front = Server(str(directory / "vmm"), self._passing)
         self.front.start()
         self.vmm = Client.connect(str(directory / "vmm"), device=name)
 
@@ -46,6 +47,7 @@ class Bridged:
     def close(self) -> None:
         self.vmm.close()
         self.front.close()
+        self._passing.close()
         self.runtime.tracking.stop()
         self.bridge.close()
         self.bridge.memory.attached.close()

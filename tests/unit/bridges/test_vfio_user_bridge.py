@@ -152,6 +152,44 @@ def test_the_vmm_is_answered_while_the_machine_runs_and_told_ebusy_while_it_stan
         bridged.vmm.region_write(0, 7, 1, 0)
 
 
+def test_a_stopped_device_is_not_touched_whatever_its_server_would_answer(make: Make) -> None:
+    bridged = make(foreign(Foreign()))
+    for access in (
+        lambda: bridged.vmm.region_read(0, 0, 1),
+        lambda: bridged.vmm.region_write(0, 0, 1, 1),
+        lambda: bridged.vmm.trigger_irq(0),
+        bridged.vmm.reset,
+    ):
+        with pytest.raises(RequestRefused, match="EBUSY"):
+            access()
+    bridged.go("RUNNING")
+    bridged.vmm.region_write(0, 0, 1, 7)
+    assert bridged.vmm.region_read(0, 0, 1) == 7
+
+
+def test_what_a_server_gives_to_map_and_to_signal_passes_through(make: Make) -> None:
+    from devices.protocols.vfio_user.region_messages import IoEventfd, RegionMemory
+
+    backend = foreign(Foreign())
+    memory, bell = create_memfd("bar", 2 * PAGE), os.eventfd(0, os.EFD_CLOEXEC)
+    backend.mappable[0] = RegionMemory(memory, PAGE, ((0, PAGE),))  # type: ignore[attr-defined]
+    backend.doorbells[0] = [IoEventfd(bell, 8, 4)]  # type: ignore[attr-defined]
+    bridged = make(backend)
+    for _ in range(2):  # a VMM that comes again gets them again
+        found = bridged.vmm.region_memory(0)
+        assert found is not None
+        fd, offset, areas = found
+        assert (os.fstat(fd).st_ino, offset, areas) == (os.fstat(memory).st_ino, PAGE, ((0, PAGE),))
+        [one] = bridged.vmm.io_fds(0)
+        os.eventfd_write(one.fd, 3)
+        assert os.eventfd_read(bell) == 3
+        for each in (fd, one.fd):
+            os.close(each)
+    assert bridged.vmm.region_memory(1) is None
+    os.close(memory)
+    os.close(bell)
+
+
 def test_interrupts_come_without_the_bridge(make: Make) -> None:
     device = Rtc("dev0")
     bridged = make(serve(device))

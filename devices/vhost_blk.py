@@ -146,8 +146,8 @@ class VhostUserBlk(VhostUserDevice):
             for runner in self.runners:
                 runner.close()
                 runner.rest(PATIENCE)
+            self.image.close()
             self.lock.release()
-        self.image.close()
 
     # -- state ----------------------------------------------------------------------------------------------------------------
 

@@ -197,6 +197,11 @@ class MemoryAccess:
                 return
 
     @property
+    def windows(self) -> tuple[Window, ...]:
+        """Those with a descriptor."""
+        return tuple(self._windows)
+
+    @property
     def has_private_windows(self) -> bool:
         """Memory may be written here that the machine's page numbers do not cover."""
         return any(window.private and window.writable for window in self._windows) or any(

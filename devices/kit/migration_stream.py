@@ -21,7 +21,7 @@ import zlib
 from typing import Final
 
 from devices.kit.runtime import Runtime
-from devices.kit.stream import MAX_CHUNK, StreamedMemory
+from devices.kit.stream import MAX_CHUNK, Streamed
 from migrate.errors import BlobError, DeviceRefused, Phase
 from migrate.state.blob import MAX_BLOB
 
@@ -42,7 +42,7 @@ class SavingStream:
     def __init__(self, runtime: Runtime, *, stopped: bool) -> None:
         """:param stopped: whether the session begins with the device stopped, in STOP_COPY."""
         self._runtime = runtime
-        self._streamed: StreamedMemory | None = runtime.participant.streamed
+        self._streamed: Streamed | None = runtime.participant.streamed
         self._buffer = bytearray()
         self._records = 0
         self._checksum = 0

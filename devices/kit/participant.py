@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from devices.kit.access import MemoryAccess
-from devices.kit.stream import StreamedMemory
+from devices.kit.stream import Streamed
 from migrate.bus import Disk
 from migrate.memory import prove
 from migrate.state.lifecycle import DeviceState
@@ -50,7 +50,7 @@ class Participant:
         #: Guest memory, once it is attached.
         self.memory = MemoryAccess(writes=self.writes_memory)
         #: Large state that goes in pieces, while the machine runs, beside the blob. None for most.
-        self.streamed: StreamedMemory | None = None
+        self.streamed: Streamed | None = None
 
     # -- coming to rest and back ------------------------------------------------------------------------------------
 
@@ -99,6 +99,14 @@ class Participant:
     def make_tracker(self, name: str) -> Tracker:
         """The dirty tracker "scan", "log" or "none" for what this process writes. The vCPU has a "log" of its own."""
         return prove.make(name)
+
+    def choose_tracker(self, wanted: str | None) -> str:
+        """Which tracker it uses: the one wanted, or the best that works. :raise TrackerError: that does not work, or none does."""
+        return prove.choose(wanted)
+
+    def obstacle(self) -> str:
+        """Why it can never be moved, for whoever asks before anything is; "" where it can."""
+        return ""
 
     def disks(self) -> Sequence[Disk]:
         """Its back-end files. `start` locks them (and raises DeviceRefused where it cannot), `release_locks` lets go."""

@@ -96,12 +96,12 @@ def main(device_class: type[Device], argv: Sequence[str] | None = None) -> NoRet
     _exit_with(lambda: _serve_device(device_class, arguments), arguments)
 
 
-def run(participant: Participant, arguments: argparse.Namespace) -> NoReturn:
+def run(participant: Participant, arguments: argparse.Namespace, server: Server | None = None) -> NoReturn:
     """Serve a participant that is no device (the vCPU) on its machine's bus, until the process ends.
 
-    :param arguments: parsed by what `argument_parser` gave.
+    :param arguments: parsed by what `argument_parser` gave. :param server: what its VMM is served by, if it has one.
     """
-    _exit_with(lambda: _serve(participant, _runtime(participant, arguments), arguments), arguments)
+    _exit_with(lambda: _serve(participant, _runtime(participant, arguments), arguments, server), arguments)
 
 
 def _serve_device(device_class: type[Device], arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from devices.kit.participant import Participant
 from devices.kit.state_format import StateFormat
-from devices.kit.stream import MAX_CHUNK, StreamedMemory, fingerprint
+from devices.kit.stream import MAX_CHUNK, Streamed, fingerprint
 from devices.kit.tracking import Tracking
 from migrate.errors import DeviceRefused, FerryError, Phase
 from migrate.memory.memfd import read_sealed, sealed_bytes
@@ -338,7 +338,7 @@ class Runtime:
             self._require_resuming("streamed state is taken")
             self._streamed(Phase.LOAD).write_chunk(chunk)
 
-    def _streamed(self, phase: Phase) -> StreamedMemory:
+    def _streamed(self, phase: Phase) -> Streamed:
         if self.participant.streamed is None:
             raise self._refused(
                 f"a {self.participant.type} has no streamed state", "see its property Streams", phase

@@ -135,6 +135,10 @@ class Service:
         return self._runtime.streams
 
     @property
+    def obstacle(self) -> str:
+        return self._runtime.participant.obstacle()
+
+    @property
     def disks(self) -> Sequence[Disk]:
         return self._runtime.participant.disks()
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,23 @@ MIN_CHUNK: Final = _HEADER.size + _PAGE_COST
 MAX_CHUNK: Final = 16 << 20
 
 _START: Final = GuestAddress(0)
+
+
+class Streamed(Protocol):
+    """State beside the blob, as the kit moves it: a session that is read chunk by chunk, and chunks that are taken in."""
+
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def read_chunk(self, max_bytes: int) -> tuple[bytes, int]:
+        """Some of it (empty: nothing now), and an estimate of the bytes left; 0 once there is nothing more to wait for."""
+
+    def left(self) -> tuple[int, int]:
+        """Bytes of the first pass, and written since."""
+
+    def clear(self) -> None: ...
+    def write_chunk(self, chunk: bytes) -> None: ...
+    def digests(self) -> bytes:
+        """Of all of it, for a fingerprint."""
 
 
 class StreamedMemory:
@@ -244,7 +261,7 @@ def _page_runs(table: NDArray[np.void]) -> PageRuns:
     )
 
 
-def fingerprint(payload: bytes, streamed: StreamedMemory | None) -> bytes:
+def fingerprint(payload: bytes, streamed: Streamed | None) -> bytes:
     """SHA-256 over a state's canonical bytes and the digests of what is streamed beside them."""
     digest = hashlib.sha256(payload)
     if streamed is not None:

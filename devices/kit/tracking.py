@@ -7,7 +7,6 @@ from typing import Final
 
 from devices.kit.participant import Participant
 from migrate.errors import DeviceRefused, Phase, TrackerError
-from migrate.memory import prove
 from migrate.memory.bitmap import DirtyBitmap
 
 log = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ def _choose(participant: Participant, wanted: str | None) -> str:
     if wanted == COMPARE:
         return UNTRACKED
     try:
-        return prove.choose(wanted)
+        return participant.choose_tracker(wanted)
     except TrackerError as error:
         if wanted is not None:
             error.device = participant.id

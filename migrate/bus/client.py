@@ -68,6 +68,7 @@ class DeviceInfo:
     tracker: str = ""
     streams: bool = False
     disks: tuple[Disk, ...] = ()
+    obstacle: str = ""  #: why it cannot be moved, where it cannot
 
 
 class DeviceClient:
@@ -123,6 +124,7 @@ class DeviceClient:
             tracker=read("Tracker", str),
             streams=read("Streams", bool),
             disks=tuple(self._disk(item, phase) for item in read("Disks", list, _MAX_DISKS)),
+            obstacle=read("Obstacle", str) if "Obstacle" in found else "",
         )
 
     def _disk(self, item: Any, phase: Phase | str | None) -> Disk:

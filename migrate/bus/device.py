@@ -67,6 +67,8 @@ class DeviceService(Protocol):
     @property
     def streams(self) -> bool: ...
     @property
+    def obstacle(self) -> str: ...
+    @property
     def disks(self) -> Sequence[Disk]: ...
 
     async def save(self) -> bytes: ...
@@ -145,6 +147,7 @@ def device_interfaces(service: DeviceService) -> tuple[Interface, Interface]:
             Property("State", "s", lambda: str(service.state)),
             Property("Tracker", "s", lambda: service.tracker),
             Property("Streams", "b", lambda: service.streams),
+            Property("Obstacle", "s", lambda: service.obstacle[:255]),
             Property("Disks", "aa{sv}", lambda: [_disk_to_bus(disk) for disk in service.disks]),
         ),
     )

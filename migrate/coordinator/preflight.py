@@ -39,6 +39,15 @@ def check_source(parts: Participants) -> None:
     reasons = [
         _reason(
             member.id,
+            f"it cannot be moved: {member.info.obstacle}",
+            "see its documentation, or start another in its place",
+        )
+        for member in parts.members
+        if member.info.obstacle
+    ]
+    reasons += [
+        _reason(
+            member.id,
             "it writes guest memory and has no working dirty tracker",
             'set tracker = "compare" for it in machine.toml (costs a pass over memory while stopped), or run a newer kernel',
         )

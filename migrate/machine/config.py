@@ -29,6 +29,8 @@ MAX_DEVICES: Final = 40
 MAX_MEMORY: Final = WINDOW_BASE
 MAX_QEMU_MEMORY: Final = 16 << 40
 VCPU_ID: Final = "vcpu0"
+#: The type of devices whose server speaks vfio-user only, behind devices.bridges.vfio_user.
+BRIDGED: Final = "vfio-user"
 TRACKERS: Final = ("scan", "log", "compare")
 
 
@@ -52,6 +54,11 @@ class DeviceConfig:
     options: Mapping[str, str] = field(default_factory=dict)
     local: Mapping[str, str] = field(default_factory=dict)
     command: Sequence[str] = ()
+
+    @property
+    def seen_as(self) -> str:
+        """What the guest is told that it is: of a server behind a bridge, its model."""
+        return self.options.get("model", self.type) if self.type == BRIDGED else self.type
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +311,7 @@ def check_regions(regions: Sequence[RegionConfig], where: str, *, qemu: bool = F
 
 
 def _device(raw: object, where: str, number: int, base: Path, qemu: QemuConfig | None = None) -> DeviceConfig:
-    local = ("output", "input", "image", "peer")
+    local = ("output", "input", "image", "peer", "server")
     table = _Table(
         raw, where, ("id", "type", "protocol", "command", "tracker", "irq", "vectors", "options", *local)
     )  # fmt: skip

@@ -156,7 +156,7 @@ class Roster:
     def _platform(self) -> dict[str, object]:
         return {
             "devices": [
-                {"id": d.id, "type": d.type, "socket": self.socket_of(d), "gpa": d.gpa, "irq": d.irq}
+                {"id": d.id, "type": d.seen_as, "socket": self.socket_of(d), "gpa": d.gpa, "irq": d.irq}
                 | ({"vectors": d.vectors} if d.vectors > 1 else {})
                 for d in self.machine.devices
             ],

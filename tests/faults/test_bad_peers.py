@@ -278,7 +278,7 @@ def test_a_client_with_a_certificate_that_claims_a_4_gib_frame_is_cut_off(
     ("garbage", "said"),
     [
         (header(frames.Kind.PAGES, HUGE), f"claims {HUGE} bytes"),
-        (header(frames.Kind.CONTROL, 64), "a control frame came among pages"),
+        (header(frames.Kind.CONTROL, 64), "a CONTROL frame came among pages"),
         (b"noise" * 1000, "a frame begins with"),
     ],
     ids=["4-GiB", "control", "noise"],

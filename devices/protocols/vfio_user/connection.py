@@ -112,6 +112,9 @@ class Connection:
             raise
         return client
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     def close(self) -> None:
         self._dead = self._dead or "this side has closed the connection"
         self._assembler.close()

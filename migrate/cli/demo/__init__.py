@@ -54,6 +54,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--vmm", choices=["embedded", "qemu"], default="embedded",
         help="what runs the guest: our own small VMM, or QEMU with a Linux guest (default embedded)",
     )  # fmt: skip
+    parser.add_argument(
+        "--devices", choices=["bus", "vfio-user"], default="bus",
+        help="what the devices speak besides vfio-user with the VMM: D-Bus, or nothing, each behind a bridge",
+    )  # fmt: skip
     parser.add_argument("--memory", default="", metavar="SIZE", help="of the guest (default 256 MiB)")
     parser.add_argument(
         "--dirty-rate",
@@ -115,6 +119,16 @@ def _options(args: argparse.Namespace) -> Options:
         raise UsageError(
             "--tracker does not go with --vmm qemu, which has its own", remedy="leave out one of the two"
         )
+    if args.devices == "vfio-user" and (args.vmm == "qemu" or args.tracker == "scan"):
+        raise UsageError(
+            "--devices vfio-user goes with the embedded VMM, and the trackers log and compare",
+            remedy="leave out one of the two",
+        )
+    if args.devices == "vfio-user" and SCENARIOS[args.scenario].destination_toml:
+        raise UsageError(
+            f"--devices vfio-user does not go with {args.scenario}, which needs devices on the bus",
+            remedy="leave out one of the two",
+        )
     if args.dirty_rate not in ("", "0", "max"):
         parse_size(args.dirty_rate, "--dirty-rate")
     if not 0 <= args.connections <= 16:
@@ -125,7 +139,7 @@ def _options(args: argparse.Namespace) -> Options:
         raise UsageError(f"--downtime {args.downtime} is not 1 to {MAX_DOWNTIME_MS}", remedy="try 300")
     return Options(
         args.scenario, at, args.destination_gone, args.memory, args.vmm, args.dirty_rate, args.tracker,
-        args.connections, args.downtime, _directory_to_keep(args.keep), args.back,
+        args.connections, args.downtime, _directory_to_keep(args.keep), args.devices, args.back,
     )  # fmt: skip
 
 

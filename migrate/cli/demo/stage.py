@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from migrate.bus.host import MigrateOptions
-from migrate.cli.demo import console
+from migrate.cli.demo import bridged, console
 from migrate.cli.demo.hosts import DemoHost, cpu_ticks
 from migrate.cli.demo.relay import Relay
 from migrate.errors import FerryError, Phase
@@ -54,6 +54,7 @@ class Options:
     connections: int = 1
     downtime_ms: int = 300
     keep: str = ""
+    devices: str = "bus"  #: who moves the devices: the bus, or bridges by vfio-user
     back: bool = False  #: a second run, from where it has gone to where it was
 
 
@@ -85,6 +86,10 @@ class Stage:
 
     def machine_toml(self) -> str:
         tracker = f'tracker = "{self.options.tracker}"\n' if self.options.tracker else ""
+        if self.options.devices == "vfio-user":
+            return bridged.machine_toml(
+                MACHINE, self.options.memory or MEMORY, self.cmdline(), self.options.tracker
+            )
         return (
             f'[machine]\nname = "{MACHINE}"\nmemory = "{self.options.memory or MEMORY}"\n\n'
             f'[vcpu]\ncmdline = "{self.cmdline()}"\n{tracker}\n'
@@ -103,6 +108,8 @@ class Stage:
         """The host.toml of both hosts; `destination` is what the destination's says besides."""
         for host, more in ((self.source, ""), (self.destination, destination)):
             host.directory.mkdir()
+            if self.options.devices == "vfio-user":
+                more = bridged.host_toml(self.image) + more
             (host.directory / "host.toml").write_text(f'images = ["{self.image.parent}"]\n{more}')
 
     def cmdline(self) -> str:

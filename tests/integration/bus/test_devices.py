@@ -36,6 +36,7 @@ class Lamp:
     state = "RUNNING"
     tracker = "scan"
     streams = True
+    obstacle = "it is screwed in"
     disks = (Disk("image", 1 << 40, False), Disk("boot", 512, True))
 
     def __init__(self, name: str) -> None:
@@ -156,6 +157,7 @@ def test_every_method_reaches_the_device_and_its_answer_comes_back(on_bus: OnBus
             (1, 2),
             (2,),
         )
+        assert info.obstacle == "it is screwed in"
         assert (info.digest, info.state, info.tracker, info.streams) == (
             bytes(range(32)),
             "RUNNING",

@@ -29,6 +29,18 @@ def test_the_guest_moves_and_the_last_line_tells_everything(played: DemoRun) -> 
     assert played.phases == ["preflight", "pre-copy", "stop", "save", "load", "commit", "resume"]
 
 
+@pytest.mark.demo("--devices", "vfio-user", "--back", "--keep", *PATIENT)
+def test_devices_that_know_no_bus_move_there_and_back_over_vfio_user_alone(played: DemoRun) -> None:
+    """State and dirty log; the disk's lock goes with it, for there is one image."""
+    check_moved(played)
+    assert played.kept is not None
+    blobs = {path.stem: blob.unpack(path.read_bytes()).type for path in played.kept.glob("*.blob")}
+    assert blobs == dict.fromkeys(DEVICES, "vfio-user") | {"vcpu0": "vcpu"}
+    servers = [process.words for process in played.processes if "--migration" in process.words]
+    assert {words[words.index("--id") + 1] for words in servers} == DEVICES - {"vcpu0"}
+    assert [words for words in servers if "--bus" in words] == []
+
+
 @pytest.mark.demo(*PATIENT, "--keep")
 def test_keep_leaves_blobs_that_can_be_read_ledgers_and_logs(played: DemoRun) -> None:
     assert played.kept is not None

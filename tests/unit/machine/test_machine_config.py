@@ -209,3 +209,15 @@ def test_whatever_the_file_says_it_is_a_machine_or_a_usage_error(raw: dict[str, 
     except UsageError:
         return
     assert made.memory_bytes > 0
+
+
+def test_a_server_behind_a_bridge_is_a_path_of_this_host_and_its_model_is_what_the_guest_sees() -> None:
+    raw = tomllib.loads(
+        '[machine]\nname = "web1"\n[[device]]\nid = "nvme0"\ntype = "vfio-user"\nserver = "nvme.sock"\n'
+        'options = { model = "nvme" }\n[[device]]\nid = "other0"\ntype = "vfio-user"\n'
+        '[[device]]\nid = "rtc0"\ntype = "rtc"\noptions = { model = "x" }\n'
+    )
+    devices = config.parse(raw, "machine.toml", Path("/etc/vm")).devices
+    assert devices[0].local == {"server": "/etc/vm/nvme.sock"}
+    assert "server" not in devices[0].options
+    assert [device.seen_as for device in devices] == ["nvme", "vfio-user", "rtc"]

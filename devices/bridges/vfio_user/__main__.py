@@ -1,0 +1,106 @@
+"""`python -m devices.bridges.vfio_user --id ID --bus ADDRESS --socket PATH --option server=PATH`: a vfio-user server as a device.
+
+In place of a server that listens already, `--serve MODEL=COMMAND --option model=MODEL` has the bridge start one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from devices.bridges.vfio_user.bridge import Bridge
+from devices.bridges.vfio_user.passing import Passing
+from devices.bridges.vfio_user.server import ServerProcess, command_of, parse_models
+from devices.bridges.vfio_user.upstream import Upstream
+from devices.kit import argument_parser, run
+from devices.protocols.vfio_user.server import Server
+from migrate.errors import FerryError, UsageError
+
+
+def main() -> NoReturn:
+    parser = argument_parser("vfio-user", "A vfio-user server that knows nothing of ours, as a device.")
+    parser.add_argument(
+        "--socket", metavar="PATH", required=True, help="serve vfio-user to the VMM on this Unix socket"
+    )
+    parser.add_argument(
+        "--serve",
+        action="append",
+        default=[],
+        metavar="MODEL=COMMAND",
+        help="how a server is started; {socket}, {id}, {directory}, {start} and {OPTION} are filled in",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="server: the socket of a server that listens; model: which one to start; any other: for its command",
+    )
+    arguments = parser.parse_args()
+    process: ServerProcess | None = None
+    try:
+        options = _options(arguments.option)
+        socket = options.pop("server", "")
+        if not socket:
+            process = _start(arguments, options)
+            socket = process.socket
+        upstream = Upstream.connect(
+            arguments.id, socket, process.obituary if process is not None else lambda: ""
+        )
+        bridge = Bridge(arguments.id, upstream, options.get("model", ""), incoming=arguments.incoming)
+        passing = Passing(bridge, upstream)
+        server = Server(arguments.socket, passing)
+    except FerryError as error:
+        error.device = error.device or arguments.id
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if process is not None:
+            process.end()
+        sys.exit(error.exit_code)
+    upstream.watch(lambda: _end_with_it(arguments.id, process))
+    try:
+        run(bridge, arguments, server)
+    finally:
+        passing.close()
+        if process is not None:
+            process.end()
+
+
+def _start(arguments: argparse.Namespace, options: dict[str, str]) -> ServerProcess:
+    ours = {
+        "socket": f"{arguments.socket}.s",
+        "id": arguments.id,
+        "start": "incoming" if arguments.incoming else "paused" if arguments.paused else "running",
+        "directory": str(Path(arguments.socket).absolute().parent),
+    }
+    command = command_of(parse_models(arguments.serve), options, ours)
+    return ServerProcess(arguments.id, command, ours["socket"])
+
+
+def _options(pairs: Sequence[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key or key in options:
+            raise UsageError(
+                f"--option {pair}: {'given twice' if key in options else 'no KEY=VALUE'}",
+                remedy="write --option KEY=VALUE, each key once",
+            )
+        options[key] = value
+    return options
+
+
+def _end_with_it(device: str, process: ServerProcess | None) -> None:
+    """The server is gone: its state with it, so there is nothing left to be a bridge to."""
+    why = process.obituary(1.0) if process is not None else ""
+    time.sleep(0.1)  # a call that is waited for gives its own error first
+    os.write(2, f"error: {device}: its vfio-user server {why or 'has closed the connection'}\n".encode())
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

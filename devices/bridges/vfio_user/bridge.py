@@ -1,0 +1,147 @@
+"""The participant: what states, state and dirty pages are for a device whose server speaks vfio-user only.
+
+    here                     the server
+    RUNNING, RUNNING_P2P     RUNNING. vfio-user has no P2P states, so between the two phases of a stop the device goes on by itself.
+                             Nobody is left whom it could disturb: the vCPU has stopped, and devices do not reach each other. Its
+                             interrupts wait in their eventfds, and what it writes is collected after it has stopped
+    PRE_COPY, PRE_COPY_P2P   PRE_COPY, if it offers that; else RUNNING
+    STOP, STOP_COPY          the same
+    RESUMING                 the same; left when the state is applied, so that it is judged there
+
+It starts when RUNNING_P2P is entered, for what it refuses then can still be taken back. How long a machine was on its way cannot be
+said in vfio-user: a device behind a bridge that keeps time goes on as if none had passed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from devices.bridges.vfio_user.data import MigData
+from devices.bridges.vfio_user.dma_log import DmaLogTracker
+from devices.bridges.vfio_user.upstream import Upstream
+from devices.kit import Participant
+from migrate.errors import DeviceRefused, Phase, TrackerError
+from migrate.memory.tracker import Tracker
+from migrate.state.lifecycle import SAVING_GROUP, DeviceState
+
+log = logging.getLogger(__name__)
+
+_S = DeviceState
+
+
+class Bridge(Participant):
+    type: ClassVar[str] = "vfio-user"
+    #: Its state is beside its blob.
+    for_qemu: ClassVar[bool] = False
+    #: A server does not say whether it does.
+    writes_memory: ClassVar[bool] = True
+
+    def __init__(self, identity: str, upstream: Upstream, model: str, *, incoming: bool = False) -> None:
+        """:raise DeviceError: the server does not come to rest, or (where it waits for a state) cannot be moved."""
+        super().__init__(identity)
+        self._upstream = upstream
+        self._model = model
+        self._data = MigData(upstream)
+        self.streamed = self._data
+        upstream.settle(incoming=incoming)
+
+    def obstacle(self) -> str:
+        return self._upstream.obstacle
+
+    # -- coming to rest and back ------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        if self.state is _S.PRE_COPY_P2P:
+            self._data.stop()
+        else:
+            self._upstream.go(_S.STOP, Phase.STOP)
+
+    def start(self, stopped_ns: int) -> None:
+        if self._upstream.obstacle:
+            return  # it has never stopped
+        self._upstream.go(_S.RUNNING, Phase.RESUME)
+
+    def reset(self) -> None:
+        """On the way to RESUMING, where a whole state comes: only what would be in its way is thrown away."""
+        if self._data.begun or self._upstream.state() is _S.ERROR:
+            self._upstream.power_on()
+
+    def reset_by_vmm(self) -> None:
+        """The guest resets the device. A server is in RUNNING then, whatever it was, and what was read of it is void."""
+        self._upstream.power_on()
+        if self.state in SAVING_GROUP:
+            self._data.begin()
+
+    # -- state ------------------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, object]:
+        """What the server is. Its state is streamed, all of it."""
+        envelope = self._upstream.envelope
+        return {
+            "model": self._model,
+            "server_type": envelope.type if envelope else "",
+            "server_id": envelope.instance if envelope else "",
+            "server_version": envelope.version if envelope else 0,
+            "server_digest": envelope.digest if envelope else b"",
+        }
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        mine = self.save()
+        for key in ("model", "server_type", "server_id"):
+            if state[key] != mine[key]:
+                raise self._refused(
+                    f"the state sent has {key} {state[key]!r}, and here it is {mine[key]!r}",
+                    "start the same server on both hosts",
+                )
+        envelope = self._upstream.envelope
+        version, digest = state["server_version"], state["server_digest"]
+        if envelope is not None and version not in envelope.readable:
+            raise self._refused(
+                f"its server writes {envelope.type} version {version}, and the one here reads "
+                f"{', '.join(map(str, envelope.readable))}",
+                "upgrade the server here, or start an older one there",
+            )
+        if envelope is not None and version == envelope.version and digest != envelope.digest:
+            raise self._refused(
+                f"{envelope.type} version {version} is defined otherwise by the server here",
+                "a released version was changed: start the same server on both hosts",
+            )
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The data is with the server by now, which judges it on its way out of RESUMING."""
+        if not self._data.ended:
+            raise self._refused("its server's data has not come to its end", "see both logs")
+        self._upstream.go(_S.STOP, Phase.LOAD)
+
+    def _refused(self, reason: str, remedy: str) -> DeviceRefused:
+        return self._upstream.refused(reason, remedy, Phase.LOAD)
+
+    # -- memory -------------------------------------------------------------------------------------------------------------------
+
+    def choose_tracker(self, wanted: str | None) -> str:
+        if wanted not in (None, "log"):
+            raise TrackerError(
+                f"the tracker {wanted} sees what this process writes, and its server is another",
+                remedy="use log, or compare",
+            )
+        if not self._upstream.logs:
+            raise TrackerError(
+                "its vfio-user server does not offer DMA logging", remedy="use the tracker compare"
+            )
+        return "log"
+
+    def make_tracker(self, name: str) -> Tracker:
+        return DmaLogTracker(self._upstream, self.memory)
+
+    def before_unmap(self, address: int, size: int) -> None:
+        """The VMM takes a window back, and with it goes the server's log of it."""
+        tracker = self.memory.tracker
+        if isinstance(tracker, DmaLogTracker):
+            for window in self.memory.windows:
+                if (window.address, window.size) == (address, size):
+                    tracker.before_unmap(window)
+
+    def close(self) -> None:
+        self._upstream.close()

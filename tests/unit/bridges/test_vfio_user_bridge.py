@@ -351,11 +351,11 @@ def test_the_preflight_gives_the_reason_of_every_participant_that_cannot_be_move
     from types import SimpleNamespace as Some
 
     members = [
-        Some(id=name, entry={"tracker": ""}, info=Some(obstacle=why, opaque=False, tracker="none"))
+        Some(id=name, entry={"tracker": ""}, info=Some(obstacle=why, opaque=False, tracker="none", disks=()))
         for name, why in (("a", ""), ("b", "its server is old"), ("c", "it is nailed down"))
     ]
     with pytest.raises(IncompatibleError) as told:
-        check_source(Some(members=members))  # type: ignore[arg-type]
+        check_source(Some(members=members, qemu=None))  # type: ignore[arg-type]
     assert [(reason.device, reason.reason) for reason in told.value.reasons()] == [
         ("b", "it cannot be moved: its server is old"),
         ("c", "it cannot be moved: it is nailed down"),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from tests.bench import collect, disk, downtime, precopy, shuttle, state
+from tests.bench import collect, disk, downtime, precopy, qemu, shuttle, state
 from tests.bench.figures import Figure, Scale, as_line, machine, table
 
 BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
@@ -20,6 +20,7 @@ BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "shuttle": shuttle.run,
     "state": state.run,
     "dump": state.run_dump,
+    "qemu": qemu.run,
 }
 
 

@@ -77,6 +77,8 @@ def test_pages_go_as_fast_as_they_may_and_no_faster(busy: Pair) -> None:
     said = c.ferry("migrate", MACHINE, "--to", d.unix, "--json", "--bandwidth", "4M", "--downtime", "20000")
     assert said.code == 0, said
     first = said.outcome["rounds"][0]
-    assert first["bytes"] / first["seconds"] == pytest.approx(4 << 20, rel=0.05), said
+    rate = first["bytes"] / first["seconds"]
+    assert rate < 1.05 * (4 << 20), said
+    assert rate > 0.8 * (4 << 20), said  # a loaded host may be late; what it may not is go faster
     c.becomes("")
     d.ticks_on()

@@ -25,7 +25,7 @@ QEMU: Final = os.environ.get("FERRY_QEMU", "qemu-system-x86_64")
 MEMORY: Final = "131080K"
 BLOCKS: Final = 64
 #: What the guest does all the while: ticks, 8 MiB that it rewrites, and a disk of which it uses 4 MiB.
-GUEST: Final = "tick=20 dirty=8 rate=64 disk={disks} diskmb=4 pause=2"
+GUEST: Final = "tick=20 dirty=8 rate=32 disk={disks} diskmb=4 pause=4"
 CONSOLE: Final = (
     "socket,id=console,path={dir}/serial.sock,server=on,wait=off,logfile={dir}/console.out,logappend=on"
 )
@@ -133,7 +133,9 @@ class World:
             host.start()
         self.toml = pen.directory / "machine.toml"
 
-    def write_machine(self, *, memory: str = "", command: list[str] | None = None) -> None:
+    def write_machine(
+        self, *, memory: str = "", command: list[str] | None = None, devices: bool = True
+    ) -> None:
         own = f"command = {json.dumps(self.disk_command)}\n" if self.disk_command else ""
         disks = "".join(
             f'[[device]]\nid = "disk{number}"\ntype = "vhost-user-blk"\nimage = "{path}"\n{own}'
@@ -142,7 +144,11 @@ class World:
         self.toml.write_text(
             f'[machine]\nname = "{MACHINE}"\nmemory = "{memory or self.memory}"\n'
             f'[qemu]\ncommand = {json.dumps(command or self.command)}\nstate = "{self.state}"\n{disks}'
-            '[[device]]\nid = "rtc0"\ntype = "rtc"\n[[device]]\nid = "uart0"\ntype = "uart16550"\n'
+            + (
+                '[[device]]\nid = "rtc0"\ntype = "rtc"\n[[device]]\nid = "uart0"\ntype = "uart16550"\n'
+                if devices
+                else ""
+            )
         )
 
     def run(self, **more: Any) -> Trail:

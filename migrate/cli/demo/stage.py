@@ -276,7 +276,7 @@ class Stage:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def vcpus(host: DemoHost, executes: bytes) -> list[int]:
+def vcpus(host: DemoHost, executes: bytes = b"devices.vcpu") -> list[int]:
     """Pids of the processes of a host that execute the guest."""
     found = []
     for pid in host.pids():

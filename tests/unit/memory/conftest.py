@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -25,6 +26,8 @@ def no_leaks() -> Iterator[None]:
             mapped = maps.read().count("/memfd:")
         return len(os.listdir("/proc/self/fd")), mapped
 
+    gc.collect()  # what other tests have left to it
     before = count()
     yield
+    gc.collect()
     assert count() == before

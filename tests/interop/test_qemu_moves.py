@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,7 +89,11 @@ def test_the_same_comparison_finds_a_back_end_that_does_not_write_the_log(
     world.disk_command = ["env", f"PYTHONPATH={root}", *word_for("tests.interop.deaf_disk")]
     try:
         world.run()
-        said = world.move(world.a, world.b, "--verify")
+        moving = world.begin(world.a, world.b, "--verify", "--hold", "round:1")
+        moving.until("held", at="round:1")
+        time.sleep(1.0)  # what it writes now was sent before, and nobody says that it has changed
+        world.a.proceed()
+        said = moving.end()
     finally:
         world.disk_command = None
     assert said.code == 1, said

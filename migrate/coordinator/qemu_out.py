@@ -134,7 +134,11 @@ class QemuTransfer(Transfer):
         while True:
             now = await self.qemu.progress()
             if now.status == "pre-switchover":
-                self.outcome.ram_bytes_sent += self.relay.sent_bytes - base
+                if sent := self.relay.sent_bytes - base:
+                    seconds = time.monotonic() - began
+                    self._account(
+                        RoundStats(number + 1, sent // PAGE_SIZE, sent, seconds, now.dirty_rate), sent
+                    )
                 return
             if now.status in ENDED:
                 raise self.qemu.failed(now, Phase.PRECOPY)

@@ -360,8 +360,9 @@ class Trail:
         self._where = to
 
     def _take(self) -> None:
-        self._said += self._where.console()[self._read[self._where.name] :]
-        self._read[self._where.name] = len(self._where.console())
+        whole = self._where.console()
+        self._said += whole[self._read[self._where.name] :]
+        self._read[self._where.name] = len(whole)
 
     def check(self) -> None:
         """No line is damaged, no tick is missing or there twice, and nothing was corrupt."""
@@ -372,7 +373,7 @@ class Trail:
             for line in whole.splitlines()
             if not re.fullmatch(rb"T( \d+){5}|B( \d+){3,4}|V( \d+){4}|D( \d+){2}", line)
         ]
-        assert strange == []
+        assert strange == [], f"{strange} in what the guest said"
         numbers = [int(number) for number in TICK.findall(whole)]
         assert len(numbers) >= 20
         assert [pair for pair in pairwise(numbers) if pair[1] != pair[0] + 1] == []

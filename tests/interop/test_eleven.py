@@ -61,6 +61,12 @@ def test_qemu_alone_does_what_was_measured(records: Records, version: str, row: 
         return  # another release may have mended it: it is recorded, and the table says what it does
     for mode, expected in zip(("default", "return-path"), MEASURED[row], strict=True):
         record = records[row, mode]
+        for _ in range(3):
+            if (record.guest, expected) != ("source", "nowhere"):
+                break
+            # Its destination died so early that the source's last write still failed: who is first is luck. What is
+            # claimed is that it can be lost.
+            record = asyncio.run(alone.run(BY_NAME[row], return_path=mode == "return-path"))
         assert record.guest == expected, record
         if expected == "nowhere" and row != "duplicate-ids":
             assert record.status == "completed", record  # the source says that all is well

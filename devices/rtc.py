@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from devices.kit import Device, RegionInfo, main
+from devices.kit import Device, PciIdentity, RegionInfo, main
 from devices.kit.timers import Timer
 
 
@@ -38,6 +38,8 @@ LONGEST_WAIT = 3600.0  # a far alarm is looked at again and again: no timer take
 class Rtc(Device):
     type = "rtc"
     regions = (RegionInfo(0x28, name="registers"),)
+    #: An id that QEMU's list leaves to experiments (docs/specs/pci-ids: 1af4:10f0 to 10ff); a real-time clock.
+    identity = PciIdentity(0x1AF4, 0x10F0, 0x080300)
 
     def monotonic_ns(self) -> int:
         """This host's CLOCK_MONOTONIC. A test puts another host's here, and so below."""

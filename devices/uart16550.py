@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from devices.kit import Device, RegionInfo, main
+from devices.kit import Device, PciIdentity, RegionInfo, main
 from devices.kit.timers import Timer
 from migrate.errors import DeviceRefused, Phase, UsageError
 
@@ -47,6 +47,8 @@ RETRY_SECONDS = 0.01  # how long a back end that takes nothing, or gives nothing
 class Uart16550(Device):
     type = "uart16550"
     regions = (RegionInfo(8, name="registers"),)
+    #: QEMU's pci-serial (QEMU, docs/specs/pci-ids): a 16550 behind eight ports, which drivers of that know.
+    identity = PciIdentity(0x1B36, 0x0002, 0x070002, ports=True)
     options: ClassVar[Mapping[str, str]] = {
         "output": "file, FIFO or terminal that sent bytes are appended to; thrown away without it",
         "input": "FIFO or terminal that received bytes come from",

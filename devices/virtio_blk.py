@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from devices.kit import Device, RegionInfo, main
+from devices.vhost_blk import VhostUserBlk
 from devices.virtio import blk, function
 from devices.virtio.backing import Image
 from devices.virtio.options import number, serial_of, switch
@@ -221,4 +222,4 @@ class VirtioBlk(Device):
 
 
 if __name__ == "__main__":
-    main(VirtioBlk)
+    main(VirtioBlk, vhost_user=VhostUserBlk)

@@ -34,6 +34,7 @@ from typing import ClassVar
 
 from devices.kit.irq import Irq
 from devices.kit.participant import Participant
+from devices.kit.pci_function import PciIdentity
 from devices.kit.stream import StreamedMemory
 from devices.kit.timers import Timer, Timers
 from devices.protocols.vfio_user.region_messages import IoEventfd, RegionMemory
@@ -58,10 +59,15 @@ class Device(Participant):
     irqs: ClassVar[Sequence[int]] = (1,)
     #: Whether it is a PCI function: regions 0 to 5 are its BARs, region 7 is its configuration space.
     pci: ClassVar[bool] = False
+    #: Of one that is none: as which it can be shown to a VMM that knows PCI functions only (`--protocol mpqemu`).
+    identity: ClassVar[PciIdentity | None] = None
     #: Whether it calls `self.stream(...)` in setup: state beside the blob, of any size, sent while the machine runs.
     streams: ClassVar[bool] = False
     #: The keys that `--option key=value` may have, each with a line of help.
     options: ClassVar[Mapping[str, str]] = {}
+
+    #: Why its VMM keeps it from being moved, "" where it does not.
+    unmovable = ""
 
     def __init__(self, device_id: str, options: Mapping[str, str] | None = None) -> None:
         super().__init__(device_id)
@@ -124,6 +130,9 @@ class Device(Participant):
     @property
     def all_irqs(self) -> Sequence[Irq]:
         return self._irqs
+
+    def obstacle(self) -> str:
+        return self.unmovable
 
     def _set_active(self, active: bool) -> None:
         if active:

@@ -1,7 +1,7 @@
 """The life of a participant's process: its arguments, its log, its bus, its end.
 
 start   --paused: STOP, cold. --incoming: RESUMING, waiting for a state. Neither: RUNNING, for use under plain QEMU
-serve   the vfio-user socket (devices) and the machine's bus, which it finds again whenever the bus dies
+serve   the VMM's socket (devices) and the machine's bus, which it finds again whenever the bus dies
 end     SIGTERM, SIGINT, or the death of the process that started it, which is certain (PR_SET_PDEATHSIG, SIGKILL)
 """
 
@@ -20,18 +20,24 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from devices.kit.device import Device
+from devices.kit.mpqemu import MpqemuBackend
 from devices.kit.participant import Participant
 from devices.kit.runtime import BUS, VFIO_USER, Runtime
 from devices.kit.service import ControlThread, Service
 from devices.kit.tracking import COMPARE
 from devices.kit.vfio_user import VfioUserBackend
-from devices.protocols.vfio_user.server import Server
+from devices.protocols.mpqemu.server import Server as MpqemuServer
+from devices.protocols.vfio_user.server import Server as VfioUserServer
 from migrate.bus.connection import Bus
 from migrate.bus.device import PATH, device_interfaces
 from migrate.errors import BusError, FerryError, Phase, UsageError
 from migrate.state.lifecycle import DeviceState
 
 log = logging.getLogger(__name__)
+
+Server = VfioUserServer | MpqemuServer
+#: Of `--protocol`, beside vfio-user.
+MPQEMU, VHOST_USER = "mpqemu", "vhost-user"
 
 _PR_SET_PDEATHSIG = 1
 #: Where the bus is, for a process that QEMU's user starts by hand: QEMU's own convention, then the session's bus.
@@ -74,17 +80,33 @@ def _id(text: str) -> str:
     return text
 
 
-def main(device_class: type[Device], argv: Sequence[str] | None = None) -> NoReturn:
-    """A device's whole process."""
+def main(
+    device_class: type[Device],
+    argv: Sequence[str] | None = None,
+    *,
+    vhost_user: type[Device] | None = None,
+) -> NoReturn:
+    """A device's whole process.
+
+    :param vhost_user: the same device behind vhost-user, where another is the PCI function. It has an option of that name.
+    """
     parser = argument_parser(device_class.type, sys.modules[device_class.__module__].__doc__)
-    parser.add_argument("--socket", metavar="PATH", help="serve vfio-user on this Unix socket")
+    parser.add_argument("--socket", metavar="PATH", help="serve the VMM on this Unix socket")
+    parser.add_argument(
+        "--protocol",
+        choices=(VFIO_USER, MPQEMU, *((VHOST_USER,) if vhost_user is not None else ())),
+        default=VFIO_USER,
+        help="what is spoken there; mpqemu: with QEMU's x-pci-proxy-dev; default: vfio-user",
+    )
     parser.add_argument(
         "--migration",
         choices=(BUS, VFIO_USER),
         default=BUS,
         help="who moves it: the supervisor of its machine, over the bus, or the VMM, over vfio-user; default: bus",
     )
-    known = "; ".join(f"{name}: {text}" for name, text in device_class.options.items())
+    classes = (device_class, *((vhost_user,) if vhost_user is not None else ()))
+    options = {name: text for one in reversed(classes) for name, text in one.options.items()}
+    known = "; ".join(f"{name}: {text}" for name, text in options.items())
     parser.add_argument(
         "--option",
         action="append",
@@ -93,6 +115,11 @@ def main(device_class: type[Device], argv: Sequence[str] | None = None) -> NoRet
         help=known.replace("%", "%%") or "this type has none",
     )
     arguments = parser.parse_args(argv)
+    if arguments.protocol == VHOST_USER and vhost_user is not None:
+        device_class = vhost_user
+        if arguments.socket:
+            arguments.option.append(f"vhost_user={arguments.socket}")
+            arguments.socket = None
     _exit_with(lambda: _serve_device(device_class, arguments), arguments)
 
 
@@ -113,9 +140,22 @@ def _serve_device(device_class: type[Device], arguments: argparse.Namespace) -> 
         )
     if arguments.migration == VFIO_USER and not arguments.socket:
         raise UsageError("--migration vfio-user without a socket", remedy="give --socket PATH")
+    if arguments.migration == VFIO_USER and arguments.protocol != VFIO_USER:
+        raise UsageError(
+            f"--migration vfio-user with --protocol {arguments.protocol}",
+            remedy="a VMM moves a device over vfio-user only: leave one of the two out",
+        )
     runtime = _runtime(device, arguments, arguments.migration)
-    server = Server(arguments.socket, VfioUserBackend(device, runtime)) if arguments.socket else None
-    _serve(device, runtime, arguments, server)
+    _serve(device, runtime, arguments, _server(device, runtime, arguments))
+
+
+def _server(device: Device, runtime: Runtime, arguments: argparse.Namespace) -> Server | None:
+    """What the VMM is served by. Behind vhost-user the device has a server of its own."""
+    if not arguments.socket:
+        return None
+    if arguments.protocol == MPQEMU:
+        return MpqemuServer(arguments.socket, MpqemuBackend(device, runtime))
+    return VfioUserServer(arguments.socket, VfioUserBackend(device, runtime))
 
 
 def _serve(

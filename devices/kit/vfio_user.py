@@ -65,12 +65,12 @@ class VfioUserBackend:
             return self._device.read(region, offset, count).to_bytes(count, "little")
         return b"".join(
             self._device.read(region, offset + at, size).to_bytes(size, "little")
-            for at, size in _pieces(offset, count)
+            for at, size in aligned_pieces(offset, count)
         )
 
     def region_write(self, region: int, offset: int, data: bytes) -> None:
         self._require_responding()
-        for at, size in _pieces(offset, len(data)):
+        for at, size in aligned_pieces(offset, len(data)):
             self._device.write(region, offset + at, size, int.from_bytes(data[at : at + size], "little"))
 
     def dma_map(self, window: DmaMap, fd: int) -> None:
@@ -130,7 +130,7 @@ class VfioUserBackend:
             self._require_responding()
 
 
-def _pieces(offset: int, count: int) -> list[tuple[int, int]]:
+def aligned_pieces(offset: int, count: int) -> list[tuple[int, int]]:
     """An access of any size as the naturally aligned accesses of 8, 4, 2 and 1 bytes that a device knows: (at, size)."""
     pieces, at = [], 0
     while at < count:

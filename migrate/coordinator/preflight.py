@@ -31,19 +31,23 @@ def _reason(device: str | None, text: str, remedy: str) -> Reason:
     return Reason(device, str(Phase.PREFLIGHT), text, remedy)
 
 
-def check_source(parts: Participants) -> None:
+def check_source(parts: Participants, against: Sequence[Reason] = ()) -> None:
     """What the source can know by itself.
 
+    :param against: what its VMM says.
     :raises IncompatibleError: with every participant that cannot be moved.
     """
     reasons = [
-        _reason(
-            member.id,
-            f"it cannot be moved: {member.info.obstacle}",
-            "see its documentation, or start another in its place",
-        )
-        for member in parts.members
-        if member.info.obstacle
+        *against,
+        *(
+            _reason(
+                member.id,
+                f"it cannot be moved: {member.info.obstacle}",
+                "see its documentation, or start another in its place",
+            )
+            for member in parts.members
+            if member.info.obstacle
+        ),
     ]
     reasons += [
         _reason(

@@ -22,7 +22,7 @@ from migrate.coordinator.outcome import RoundStats
 from migrate.coordinator.pages_out import Sent
 from migrate.coordinator.participants import Participants
 from migrate.coordinator.transfer import Transfer
-from migrate.errors import DeviceTimeout, FerryError, IncompatibleError, Phase
+from migrate.errors import DeviceTimeout, FerryError, Phase, Reason
 from migrate.memory import PAGE_SIZE
 from migrate.protocol import frames
 from migrate.qemu import facts as compared
@@ -42,13 +42,11 @@ LEAST_MS = 1.0
 HELD_RATE = 32 << 20
 
 
-async def inspect(qemu: Qemu, parts: Participants) -> Facts:
-    """What travels in the manifest. :raises IncompatibleError: with every reason against moving this QEMU at all."""
+async def inspect(qemu: Qemu, parts: Participants) -> tuple[Facts, list[Reason]]:
+    """What travels in the manifest, and every reason against moving this QEMU at all."""
     facts = await qemu.facts()
-    if reasons := compared.against(facts, qemu.client.device):
-        raise IncompatibleError(reasons)
     parts.by_id[qemu.client.device].entry["options"] = facts.to_options()
-    return facts
+    return facts, compared.against(facts, qemu.client.device)
 
 
 def multifd_of(connections: int, most: int) -> int:

@@ -140,15 +140,16 @@ class SourceMigration:
         stack.push_async_callback(bus.close)
         self._parts = parts = await Participants.find(bus)
         await parts.supervisor.on_changed(self._machine_changed)
-        preflight.check_source(parts)
+        against: list[Reason] = []
+        if parts.qemu is not None:
+            self._qemu = Qemu(parts.qemu)
+            self._facts, against = await qemu_out.inspect(self._qemu, parts)
+        preflight.check_source(parts, against)
         if spec.verify and not parts.description["mapped"]:
             raise UsageError(
                 "--verify needs memory that ferry gave QEMU, and this one was adopted", phase=Phase.PREFLIGHT,
                 remedy="leave it out; QEMU's own migration is digested from the stop on",
             )  # fmt: skip
-        if parts.qemu is not None:
-            self._qemu = Qemu(parts.qemu)
-            self._facts = await qemu_out.inspect(self._qemu, parts)
         tokens = disks.Tokens()
         stack.callback(tokens.remove)
         tokens.write(parts)

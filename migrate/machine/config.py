@@ -346,10 +346,11 @@ def _protocol(table: _Table, qemu: QemuConfig | None) -> str:
     if table.raw.get("protocol") == "vfio-user":
         raise UsageError(
             f"{table.where}: QEMU does not migrate with devices behind vfio-user",
-            remedy="use vhost-user-blk or vhost-user-net, or the embedded VMM ([vcpu])",
+            remedy="use vhost-user-blk or vhost-user-net, or the embedded VMM ([vcpu]); "
+            'protocol = "mpqemu" runs, and is not moved either',
         )
     default = "vhost-user" if table.text("type").startswith("vhost-user-") else "none"
-    return table.choice("protocol", ("vhost-user", "none"), default)
+    return table.choice("protocol", ("vhost-user", "mpqemu", "none"), default)
 
 
 def _check_devices(devices: Sequence[DeviceConfig], where: str) -> None:

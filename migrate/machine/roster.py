@@ -137,6 +137,7 @@ class Roster:
                     ours["lock"] = "machine"
             elif device.protocol != "none":
                 words += ["--socket", self.socket_of(device)]
+                words += ["--protocol", "mpqemu"] if device.protocol == "mpqemu" else []
             for key, value in [*device.options.items(), *self._local(device).items(), *ours.items()]:
                 words += ["--option", f"{key}={value}"]
         if device.tracker:
@@ -178,7 +179,8 @@ class Roster:
                 {
                     "id": d.id,
                     "type": d.type,
-                    "socket": self.socket_of(d) if d.protocol == "vhost-user" else "",
+                    "protocol": d.protocol,
+                    "socket": "" if d.protocol == "none" else self.socket_of(d),
                     "options": dict(d.options),
                 }
                 for d in self.machine.devices

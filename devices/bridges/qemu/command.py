@@ -7,9 +7,10 @@ machine's directory on this host, and `{socket.ID}` where a device's back end li
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from migrate.errors import Phase, UsageError
@@ -24,12 +25,13 @@ _BACKEND: Final = "ferry-ram"
 
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
-    """A device of the machine; `socket` is where its vhost-user back end listens, "" for one that QEMU does not drive."""
+    """A device of the machine; `socket` is where it listens for QEMU, "" for one that QEMU does not drive."""
 
     id: str
     type: str
     socket: str
     options: dict[str, str]
+    protocol: str = "vhost-user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Platform:
     def read(cls, path: Path) -> Platform:
         raw: dict[str, Any] = json.loads(path.read_text())
         devices = [
-            DeviceEntry(item["id"], item["type"], item["socket"], dict(item["options"]))
+            DeviceEntry(item["id"], item["type"], item["socket"], dict(item["options"]), item["protocol"])
             for item in raw["devices"]
         ]
         return cls(
@@ -56,14 +58,26 @@ class Platform:
 
     @property
     def driven(self) -> list[DeviceEntry]:
-        """Those that QEMU drives."""
-        return [device for device in self.devices if device.socket]
+        """Those that QEMU drives by vhost-user."""
+        return [device for device in self.devices if device.socket and device.protocol == "vhost-user"]
+
+    @property
+    def proxied(self) -> list[DeviceEntry]:
+        """Those that are behind an x-pci-proxy-dev."""
+        return [device for device in self.devices if device.protocol == "mpqemu"]
 
 
 def build(
-    platform: Platform, directory: Path, monitor: Path, memory: tuple[int, int], *, incoming: bool
+    platform: Platform,
+    directory: Path,
+    monitor: Path,
+    memory: tuple[int, int],
+    *,
+    incoming: bool,
+    proxies: Mapping[str, int] = MappingProxyType({}),
 ) -> list[str]:
     """:param memory: a descriptor that QEMU inherits, and its size in bytes.
+    :param proxies: of each device in `platform.proxied` a connection to it, which QEMU inherits.
 
     :raise UsageError: the command has words that are ours to say.
     """
@@ -88,6 +102,8 @@ def build(
             words = [word.replace(place, _escaped(device.socket)) for word in words]
         else:
             words += _device(device)
+    for proxied in platform.proxied:
+        words += ["-device", f"x-pci-proxy-dev,id={proxied.id},fd={proxies[proxied.id]}"]
     if platform.state == "qemu":
         words += ["-object", f"dbus-vmstate,id=ferry-vmstate,addr={_escaped(platform.bus)}"]
     return [*words, "-incoming", "defer"] if incoming else words

@@ -16,9 +16,11 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -95,15 +97,35 @@ class QemuVmm(Participant):
             )
         path = self._directory / "qmp.sock"
         path.unlink(missing_ok=True)
-        fd = os.dup(region.fd)
-        try:
+        with ExitStack() as inherited:
+            fd = os.dup(region.fd)
+            inherited.callback(os.close, fd)
+            proxies = {one.id: self._proxy(one, inherited) for one in self._platform.proxied}
             words = command.build(
-                self._platform, self._directory, path, (fd, region.size), incoming=self._incoming
+                self._platform,
+                self._directory,
+                path,
+                (fd, region.size),
+                incoming=self._incoming,
+                proxies=proxies,
             )
-            self._process = Process(self.id, words, self._directory / "qemu.log", [fd], self._ended)
-        finally:
-            os.close(fd)
+            fds = [fd, *proxies.values()]
+            self._process = Process(self.id, words, self._directory / "qemu.log", fds, self._ended)
         self._connect(path, lambda: self._process is not None and self._process.alive)
+
+    def _proxy(self, device: command.DeviceEntry, inherited: ExitStack) -> int:
+        """A connection to a device, for QEMU to inherit: an x-pci-proxy-dev does not connect by itself."""
+        connection = inherited.enter_context(socket.socket(socket.AF_UNIX))
+        try:
+            connection.connect(device.socket)
+        except OSError as error:
+            raise DeviceGone(
+                f"{device.id} is not there for QEMU to drive: {error.strerror}",
+                device=self.id,
+                phase=Phase.SETUP,
+                remedy="see its log",
+            ) from None
+        return connection.fileno()
 
     def _connect(self, path: Path, alive: Callable[[], bool]) -> None:
         monitor = Monitor(self.id, self._event, self._lost)

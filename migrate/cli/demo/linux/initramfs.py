@@ -62,13 +62,16 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
-def build(kernel: Kernel) -> bytes:
-    """The archive. :raises UsageError: the kernel lacks a module, or has it in a form that cannot be read."""
+def build(kernel: Kernel, program: bytes = b"") -> bytes:
+    """The archive. :param program: what runs in place of the demo's guest.
+
+    :raises UsageError: the kernel lacks a module, or has it in a form that cannot be read.
+    """
     entries = [("dev", _DIRECTORY | 0o755, b""), ("modules", _DIRECTORY | 0o755, b"")]
     entries += [
         (f"modules/{number}", _FILE | 0o644, _module(kernel, name)) for number, name in enumerate(MODULES)
     ]
-    entries += [("init", _FILE | 0o755, INIT.read_bytes())]
+    entries += [("init", _FILE | 0o755, program or INIT.read_bytes())]
     numbered = [_entry(number, *entry) for number, entry in enumerate(entries, 1)]
     # The console that the kernel opens for its first process: a character device, 5:1.
     numbered.append(_entry(len(numbered) + 1, "dev/console", _DEVICE | 0o600, b"", (5, 1)))

@@ -20,9 +20,11 @@ def wanted_by(item: pytest.Item) -> Wanted | None:
     return None if mark is None else Wanted(tuple(mark.args), mark.kwargs.get("by", ""))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def playbill(request: pytest.FixtureRequest) -> Iterator[Playbill]:
-    bill = Playbill(wanted for item in request.session.items if (wanted := wanted_by(item)) is not None)
+    """The runs of one file. Not of the session: a worker of pytest-xdist would play those of files that another has."""
+    items = (item for item in request.session.items if item.path == request.path)
+    bill = Playbill(wanted for item in items if (wanted := wanted_by(item)) is not None)
     yield bill
     bill.close()
 

@@ -150,7 +150,7 @@ class Wanted:
 
 
 class Playbill:
-    """All runs that the collected tests want; each is played once."""
+    """All runs that some tests want; each is played once."""
 
     def __init__(self, wanted: Iterable[Wanted]) -> None:
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="demo")

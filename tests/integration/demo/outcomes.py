@@ -53,8 +53,11 @@ def check_guest(run: DemoRun, guest: dict[str, Any]) -> None:
     assert guest["longest_gap_ms"] > 0, run
 
 
-def check_moved(run: DemoRun) -> dict[str, Any]:
-    """The guest went over and nothing was lost."""
+def check_moved(run: DemoRun, *, clock_moves: bool = True) -> dict[str, Any]:
+    """The guest went over and nothing was lost.
+
+    :param clock_moves: its clock knows how long the machine stood still. Over vfio-user nobody can tell it.
+    """
     last = check(run, "completed", "destination", 0)
     assert last["reasons"] == []
     assert last["ram_bytes"] == 64 * MIB
@@ -66,8 +69,7 @@ def check_moved(run: DemoRun) -> dict[str, Any]:
     assert last["slowest_device"] in DEVICES
     # The guest stood still for all of it, but for what it still did while it was being stopped and word of its run was on the way.
     own = last["downtime"]
-    assert (
-        last["guest"]["longest_gap_ms"] > last["downtime_ms"] - own["stop"] - own["network"] - own["resume"]
-    ), run
+    gone = last["downtime_ms"] - own["stop"] - own["network"] - own["resume"]
+    assert not clock_moves or last["guest"]["longest_gap_ms"] > gone, run
     assert run.stderr == ""
     return last

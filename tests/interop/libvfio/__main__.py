@@ -16,16 +16,29 @@ from tests.interop.libvfio.talk import Answer, play
 _SOURCE: Final = Path(__file__).with_name("theirs.c")
 
 
+def build(library: Path, directory: Path) -> tuple[Path, dict[str, str]]:
+    """The program of theirs.c, and the environment that it runs in. :param library: a checkout, built in build/."""
+    program, built = directory / "theirs", library / "build" / "lib"
+    words = [
+        "-O2",
+        "-D_GNU_SOURCE",
+        "-I",
+        library / "include",
+        "-o",
+        program,
+        _SOURCE,
+        "-L",
+        built,
+        "-lvfio-user",
+    ]
+    subprocess.run(["cc", *words], check=True)
+    return program, {**os.environ, "LD_LIBRARY_PATH": str(built)}
+
+
 def ask(library: Path) -> dict[str, list[Answer]]:
     """Each scene, to a server of its own."""
     with tempfile.TemporaryDirectory(prefix="vf-") as made:
-        server = Path(made) / "theirs"
-        built = library / "build" / "lib"
-        subprocess.run(
-            ["cc", "-D_GNU_SOURCE", "-I", library / "include", "-o", server, _SOURCE, "-L", built, "-lvfio-user"],
-            check=True,
-        )  # fmt: skip
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(built)}
+        server, environment = build(library, Path(made))
         answers = {}
         for number, (name, steps) in enumerate(SCENES.items()):
             path = Path(made) / f"s{number}"

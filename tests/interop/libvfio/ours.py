@@ -1,8 +1,12 @@
-"""The device of theirs.c behind our server: registers, an address that a byte is written to, one INTx."""
+"""The device of theirs.c behind our server: registers, an address that bytes are written to, one INTx.
+
+`python -m tests.interop.libvfio.ours SOCKET` is a process of it, until its standard input ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +17,7 @@ from devices.protocols.vfio_user.server import Server
 from devices.rtc import Rtc
 from migrate.errors import MemoryFault
 
+_BYTES = memoryview(bytes(1 << 20))
 _NONE = RegionInfo(0, read=False, write=False)
 
 
@@ -37,7 +42,8 @@ class Twin(Rtc):
         self.registers[offset : offset + size] = value.to_bytes(size, "little")
         if (offset, size) == (8, 8):
             with contextlib.suppress(MemoryFault):
-                self.memory.write(value, b"Z")
+                count = int.from_bytes(self.registers[:4], "little")
+                self.memory.write(value, _BYTES[: count or 1])
 
 
 @contextlib.contextmanager
@@ -52,3 +58,8 @@ def serve(path: str) -> Iterator[None]:
     finally:
         server.close()
         device.close()
+
+
+if __name__ == "__main__":
+    with serve(sys.argv[1]):
+        sys.stdin.read()

@@ -1,5 +1,5 @@
-/* The device of ours.py behind libvfio-user: 16 bytes of registers at region 0, of which the upper eight are an address that a byte
-   is written to by DMA; configuration space; one INTx; migration whose data is eight bytes. One client, then the end.
+/* The device of ours.py behind libvfio-user: 16 bytes of registers at region 0, of which the upper eight are an address that as many
+   bytes as the lower four say (0: one) are written to by DMA; one INTx; migration whose data is eight bytes. One client, then the end.
 
    cc -I DIRECTORY/include theirs.c -L DIRECTORY/build/lib -lvfio-user; its one argument is the socket's path. */
 
@@ -14,17 +14,21 @@
 static uint8_t registers[16];
 static const char state[8] = "VMFERRY!";
 static size_t given;
+static char bytes[1 << 20];
 
 static void touch(vfu_ctx_t *ctx, uint64_t address)
 {
 	char where[dma_sg_size()];
 	struct iovec view;
+	uint32_t count;
 
-	if (vfu_addr_to_sgl(ctx, (vfu_dma_addr_t)address, 1, (dma_sg_t *)where, 1, PROT_WRITE) != 1)
+	memcpy(&count, registers, sizeof count);
+	count = count == 0 ? 1 : count > sizeof bytes ? sizeof bytes : count;
+	if (vfu_addr_to_sgl(ctx, (vfu_dma_addr_t)address, count, (dma_sg_t *)where, 1, PROT_WRITE) != 1)
 		return;
 	if (vfu_sgl_get(ctx, (dma_sg_t *)where, &view, 1, 0) != 0)
 		return;
-	*(char *)view.iov_base = 'Z';
+	memcpy(view.iov_base, bytes, count);
 	vfu_sgl_put(ctx, (dma_sg_t *)where, &view, 1);
 }
 

@@ -57,7 +57,8 @@ class VhostUserBlk(VhostUserDevice):
         self.core = blk.BlockCore(self.image, self.table, serial.encode(), count)
         self.queues = [SplitQueue(self.table, QUEUE_SIZE) for _ in range(count)]
         self.runners = [self._runner(ring) for ring in range(count)]
-        self._locker = self.every(_AGAIN, self._try_to_lock)
+        self._keeps = ""  #: why the image could not be let go of
+        self._locker = self.every(_AGAIN, self._look_at_lock)
         self.serve(options)
 
     def _runner(self, ring: int) -> QueueRunner:
@@ -87,17 +88,28 @@ class VhostUserBlk(VhostUserDevice):
     def allow(self, ring: int) -> None:
         self.runners[ring].allow()
 
-    def rest(self, ring: int) -> None:
-        if not self.runners[ring].rest(PATIENCE):
+    def rest(self, ring: int) -> bool:
+        rested = self.runners[ring].rest(PATIENCE)
+        if not rested:
             log.error("event=ring-hangs ring=%d reason='the image has not answered for %g s'", ring, PATIENCE)
+        return rested
 
-    def stop_ring(self, ring: int) -> None:
-        super().stop_ring(ring)
-        if not self.wanted and not self._by_machine:
-            try:
-                self.image.unlock()
-            except DeviceRefused as error:
+    def stop_ring(self, ring: int) -> bool:
+        rested = super().stop_ring(ring)
+        self._let_go()
+        return rested
+
+    def _let_go(self) -> None:
+        """Of the image, once no ring runs. Not while a request lasts: it would be done after another host has the image."""
+        if self.wanted or self._by_machine or not self.image.locked or any(one.busy for one in self.runners):
+            return
+        try:
+            self.image.unlock()
+            self._keeps = ""
+        except DeviceRefused as error:
+            if error.reason != self._keeps:  # it is tried again and again
                 log.error("event=image-not-let-go reason=%r", error.reason)
+            self._keeps = error.reason
 
     def ready(self) -> str:
         """The image has to be ours; another host may be about to let go of it."""
@@ -109,10 +121,11 @@ class VhostUserBlk(VhostUserDevice):
             return error.reason
         return ""
 
-    def _try_to_lock(self) -> None:
-        """A ring that QEMU has started waits for the other host to let go of the image."""
+    def _look_at_lock(self) -> None:
+        """A ring that QEMU has started waits for the other host to let go of the image; and that for its last request to end."""
         if self.wanted and not self.image.locked:
             self.serve_wanted()
+        self._let_go()
 
     # -- coming to rest and back --------------------------------------------------------------------------------------------------
 

@@ -67,11 +67,11 @@ class VhostUserNet(VhostUserDevice):
     def allow(self, ring: int) -> None:
         (self.receiver if ring == RX else self.sender).allow()
 
-    def rest(self, ring: int) -> None:
+    def rest(self, ring: int) -> bool:
         if ring == RX:
             self.receiver.halt()
-        else:
-            self.sender.rest(PATIENCE)
+            return True
+        return self.sender.rest(PATIENCE)
 
     def enter_p2p(self) -> None:
         for ring in (RX, TX):

@@ -93,6 +93,11 @@ class QueueRunner:
         self._allowed = False
         return self._head < 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is on its way."""
+        return self._head >= 0
+
     def rest(self, deadline: float) -> bool:
         """Take nothing more, wait at most `deadline` seconds for what is in flight, and complete it. False: it lasts."""
         self._allowed = False

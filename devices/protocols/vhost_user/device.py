@@ -58,8 +58,8 @@ class VhostUserDevice(Device):
         """Serve it. May be called again."""
         raise NotImplementedError
 
-    def rest(self, ring: int) -> None:
-        """Serve nothing more of it; what was taken is given back when this returns."""
+    def rest(self, ring: int) -> bool:
+        """Serve nothing more of it; what was taken is given back when this returns. False: something lasts."""
         raise NotImplementedError
 
     def notified(self, ring: int) -> None:
@@ -94,9 +94,9 @@ class VhostUserDevice(Device):
         self.wanted.add(ring)
         self.serve_wanted()
 
-    def stop_ring(self, ring: int) -> None:
+    def stop_ring(self, ring: int) -> bool:
         self.wanted.discard(ring)
-        self.rest(ring)
+        return self.rest(ring)
 
     def serve_wanted(self) -> None:
         if self.wanted and self.active and not self.ready():

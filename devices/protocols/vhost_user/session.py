@@ -7,6 +7,7 @@ a migration begins or is given up: they change what is logged, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -57,8 +58,8 @@ class Backend(Protocol):
     def start_ring(self, ring: int) -> None:
         """Its queue is set up; serve it, from what is there already on."""
 
-    def stop_ring(self, ring: int) -> None:
-        """Serve nothing more of it; what was taken is given back when this returns. Nothing where it was not started."""
+    def stop_ring(self, ring: int) -> bool:
+        """Serve nothing more of it; what was taken is given back when this returns. False: something lasts, and is not."""
 
     def notified(self, ring: int) -> None: ...
     def reset(self) -> None: ...
@@ -85,6 +86,7 @@ class Ring:
     def __init__(self) -> None:
         self.kick = self.call = self.err = -1
         self.enabled = self.started = False
+        self.hangs = False  #: it was to stop and did not
 
     def set(self, name: str, fd: int) -> None:
         """:param fd: owned from here on; -1 for none."""
@@ -151,7 +153,8 @@ class Session:
         """The front end is gone: nothing is served, and nothing of its is kept."""
         with self._backend.lock:
             for number, ring in enumerate(self.rings):
-                self._stop(number)
+                with contextlib.suppress(m.BadRequest):  # nobody is there to be told
+                    self._stop(number)
                 ring.close()
             self._backend.table.logging = False
             self._backend.table.set_log(None)
@@ -384,7 +387,11 @@ class Session:
     def _stop(self, number: int) -> None:
         ring, queue = self._ring(number)
         if ring.started:
-            self._backend.stop_ring(number)
+            ring.hangs = ring.hangs or not self._backend.stop_ring(number)
+            if ring.hangs:
+                # No base can be said that is true: before it the guest would wait for ever, behind it somebody else would do it
+                # again while it may yet be done here. Without an answer QEMU counts from the used ring, and knows of a failure.
+                raise m.refused(f"ring {number} does not stop: a request of it lasts")
             ring.started = False
             log.info("event=ring-stopped ring=%d base=%d", number, queue.taken)
 

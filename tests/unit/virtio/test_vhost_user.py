@@ -7,6 +7,7 @@ import select
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from vhost_front_end import (
     ACCEPTED,
     ADD_REG,
     CHECK_STATE,
+    ENABLE,
     GET_BASE,
     GET_CONFIG,
     LOG_ALL,
@@ -32,10 +34,12 @@ from vhost_front_end import (
 )
 from virtio_driver import GET_ID, IN, OK, OUT, Answer, DiskQueue, Ring
 
+from devices import vhost_blk
 from devices.protocols.vhost_user import log as dirty_log
 from devices.protocols.vhost_user.log import DirtyLog
 from devices.virtio import blk
-from migrate.errors import FerryError
+from devices.virtio.backing import Image
+from migrate.errors import DeviceRefused, FerryError
 from migrate.memory.memfd import create_memfd
 from migrate.state import blob
 
@@ -488,7 +492,7 @@ def test_a_ring_waits_for_the_image_that_another_host_has_locked(tmp_path: Path)
         assert "locked by another process" in other.device.not_serving()
     bench.front.stop(0)
     with other.device.lock:
-        other.device._try_to_lock()  # what a timer of the kit's does
+        other.device._look_at_lock()  # what a timer of the kit's does
     assert answered(other, waiting)[0].status == OK
     with other.device.lock:
         assert other.device.not_serving() == ""
@@ -745,6 +749,40 @@ def test_a_stop_comes_through_while_a_ring_is_busy(bench: Bench, monkeypatch: py
     base = struct.unpack("=II", bench.front.ask(GET_BASE, struct.pack("=II", 0, 0)))[1]
     assert time.monotonic() - start < 1.0
     assert base < 8
+
+
+def test_a_ring_whose_request_hangs_has_no_base_and_keeps_its_image(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the other host would have the image while a write is yet to land in it, or the guest would wait for ever."""
+    [queue] = bench.run()
+    gate = threading.Event()
+    original = blk.Request.run
+
+    def hangs(request: blk.Request) -> None:
+        gate.wait(10)
+        original(request)
+
+    monkeypatch.setattr(blk.Request, "run", hangs)
+    monkeypatch.setattr(vhost_blk, "PATIENCE", 0.1)
+    queue.ask(OUT, 3, b"\xa5" * 512)
+    bench.kick()
+    eventually(lambda: bench.device.runners[0].busy)
+    with pytest.raises(Refused):
+        bench.front.tell(ENABLE, struct.pack("=II", 0, 0))
+    with pytest.raises(ConnectionError):
+        bench.front.ask(GET_BASE, struct.pack("=II", 0, 0))
+    image = bench.device.image
+    other = Image(image.path, read_only=False)
+    with pytest.raises(DeviceRefused, match="locked by another"):
+        other.lock()
+    gate.set()
+    eventually(lambda: not bench.device.runners[0].busy)
+    with bench.device.lock:
+        bench.device._look_at_lock()  # what a timer of the kit's does
+    other.lock()
+    assert os.pread(os.open(image.path, os.O_RDONLY), 512, 3 * 512) == b"\xa5" * 512
+    other.close()
 
 
 def test_the_socket_is_for_this_user_alone(tmp_path: Path) -> None:

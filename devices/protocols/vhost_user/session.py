@@ -26,6 +26,9 @@ from migrate.errors import FerryError
 
 log = logging.getLogger(__name__)
 
+#: Of an answer about the device's state (vhost-user.rst, SET_DEVICE_STATE_FD): bits 0 to 7 are not 0.
+_FAILED: Final = 1
+
 _PROTOCOL: Final = (
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
@@ -270,37 +273,49 @@ class Session:
             used = queue.used_index()
         except DriverFault as error:
             raise m.refused(error.reason) from error
+        if self._inflight.queues[number].entries < queue.size:
+            raise m.refused(
+                f"the in-flight region has {self._inflight.queues[number].entries} entries for a ring of {queue.size}"
+            )
         heads = self._inflight.queues[number].recover(used)
         if heads:
             log.warning("event=requests-again ring=%d used=%d heads=%s", number, used, heads)
             queue.resume(used, [head for head in heads if head < queue.size])
 
     def _set_device_state_fd(self, payload: memoryview, fds: list[int]) -> bytes:
-        """Answers that our end of the pipe is theirs to use: bit 8, no descriptor comes back."""
+        """Answers that our end of the pipe is theirs to use: bit 8, no descriptor comes back. A failure is an answer too."""
         direction = m.device_state(payload)
-        if len(fds) != 1 or any(ring.started for ring in self.rings):
-            raise m.refused("device state goes through one descriptor, while all rings are stopped")
-        if self._transfer is not None:
-            self._transfer.close()
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            transfer.close()
         try:
+            if len(fds) != 1:
+                raise m.refused(f"{len(fds)} descriptors came for the device's state")
+            self._require_stopped()
             blob = self._backend.save_blob() if direction == m.SAVE else b""
         except FerryError as error:
-            raise m.refused(error.reason) from error
+            log.error("event=device-state-refused reason=%r", error.reason)
+            return m.pack_u64(_FAILED | NO_FD_BACK)
         self._transfer = StateTransfer(fds.pop(), direction, blob)
         return m.pack_u64(NO_FD_BACK)
 
+    def _require_stopped(self) -> None:
+        if any(ring.started for ring in self.rings):
+            raise m.refused("a ring runs, and the device's state with it")
+
     def _check_device_state(self, payload: memoryview, fds: list[int]) -> bytes:
         transfer, self._transfer = self._transfer, None
-        if transfer is None:
-            raise m.refused("no device state was transferred")
         try:
+            if transfer is None:
+                raise m.refused("no device state was transferred")
             loaded = transfer.end()
             if loaded is not None:
+                self._require_stopped()
                 self._backend.check_blob(loaded)
                 self._backend.load_blob(loaded)
         except FerryError as error:
             log.error("event=device-state-refused reason=%r", error.reason)
-            return m.pack_u64(1)
+            return m.pack_u64(_FAILED)
         return m.pack_u64(0)
 
     # -- rings -----------------------------------------------------------------------------------------------------------------

@@ -580,12 +580,39 @@ def test_the_state_of_another_disk_is_refused(tmp_path: Path) -> None:
 
 
 def test_state_is_not_given_while_a_ring_runs(bench: Bench) -> None:
-    bench.run()
+    """The refusal is an answer: the connection goes on, and so do the rings."""
+    [queue] = bench.run()
     reader, writer = os.pipe()
-    with pytest.raises(Refused):
-        bench.front.tell(SET_STATE_FD, struct.pack("=II", 0, 0), [writer])
+    bench.front.send(SET_STATE_FD, struct.pack("=II", 0, 0), [writer])
+    assert struct.unpack("=Q", bench.front.reply(SET_STATE_FD)[0])[0] & 0xFF
     os.close(reader)
     os.close(writer)
+    queue.ask(GET_ID, length=20)
+    bench.kick()
+    assert answered(bench, queue)[0].status == OK
+
+
+def test_state_that_came_before_a_ring_ran_is_not_loaded_under_it(bench: Bench) -> None:
+    [queue] = bench.run()
+    bench.front.stop(0)
+    found = saved(bench.front)
+    reader, writer = os.pipe()
+    bench.front.send(SET_STATE_FD, struct.pack("=II", 1, 0), [reader])
+    assert bench.front.reply(SET_STATE_FD)[0] == struct.pack("=Q", 0x100)
+    os.close(reader)
+    with os.fdopen(writer, "wb") as file:
+        file.write(found)
+    bench.front.start(0, queue.ring)
+    assert struct.unpack("=Q", bench.front.ask(CHECK_STATE))[0]
+
+
+def test_what_is_in_flight_must_fit_into_its_region(tmp_path: Path) -> None:
+    """A request beyond it would be lost with the process."""
+    bench = Bench(tmp_path)
+    bench.front.keep_inflight(1, 4)
+    with pytest.raises(Refused):
+        bench.run()
+    bench.close()
 
 
 # -- requests in flight -------------------------------------------------------------------------------------------------------

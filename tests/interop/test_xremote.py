@@ -1,0 +1,205 @@
+"""Our client drives a device in a real QEMU of the type `x-remote`: an LSI SCSI controller, its DMA, and where its state goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devices.protocols.mpqemu.client import Client
+from devices.protocols.mpqemu.messages import Sysmem
+from migrate.errors import DeviceGone, DeviceTimeout
+from migrate.memory.memfd import create_memfd
+from migrate.qemu import stream
+from tests.faults.rig import eventually
+from tests.interop.qemu_world import QEMU
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed"),
+    pytest.mark.timeout(60),
+]
+
+_SIZE = 16 << 20
+_MEMORY, _PORTS = 0xE000_0000, 0xC000
+#: Registers of the 53C895A: interrupt status, a scratch register, and where its program is; and the bit "a DMA interrupt".
+_ISTAT, _SCRATCH_A, _DSP, _DIP = 0x14, 0x34, 0x2C, 0x01
+
+
+class Remote:
+    """QEMU with one controller and one disk, and a client of it."""
+
+    def __init__(
+        self, stack: ExitStack, directory: Path, name: str, *words: str, timeout: float = 5.0
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        image = directory / "disk.img"
+        if not image.exists():
+            image.write_bytes(bytes(1 << 20))
+        self._qmp = f"{directory}/{name}.qmp"
+        command = [
+            QEMU, "-machine", "x-remote", "-nodefaults", "-display", "none", "-device", "lsi53c895a,id=lsi0",
+            "-drive", f"id=d,file={image},format=raw,if=none,file.locking=off",
+            "-device", "scsi-hd,drive=d,bus=lsi0.0,scsi-id=0",
+            "-object", f"x-remote-object,id=r,devid=lsi0,fd={theirs.fileno()}",
+            "-qmp", f"unix:{self._qmp},server=on,wait=off", *words,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        theirs.close()
+        stack.callback(self.process.wait)
+        stack.callback(self.process.kill)
+        self.client = Client(ours, name, timeout)
+        stack.callback(self.client.close)
+        self._stack = stack
+        self._monitor: socket.socket | None = None
+
+    def ask(self, command: str, fd: int | None = None, **arguments: Any) -> Any:
+        if self._monitor is None:
+            eventually(lambda: os.path.exists(self._qmp), "QEMU's monitor")
+            self._monitor = self._stack.enter_context(socket.socket(socket.AF_UNIX))
+            self._monitor.settimeout(10)
+            self._monitor.connect(self._qmp)
+            self._lines = self._stack.enter_context(self._monitor.makefile("r"))
+            self._lines.readline()
+            self.ask("qmp_capabilities")
+        data = json.dumps({"execute": command, "arguments": arguments}).encode()
+        if fd is None:
+            self._monitor.sendall(data)
+        else:
+            socket.send_fds(self._monitor, [data], [fd])
+        while "event" in (answer := json.loads(self._lines.readline())):
+            pass
+        assert "error" not in answer, answer
+        return answer["return"]
+
+    def moved(self) -> bool:
+        status = self.ask("query-migrate").get("status")
+        assert status != "failed"
+        return bool(status == "completed")
+
+    def place(self) -> None:
+        """As a guest's firmware does."""
+        self.client.config_write(0x10, 4, _PORTS)
+        self.client.config_write(0x14, 4, _MEMORY)
+        self.client.config_write(0x04, 2, 0x0007)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def test_it_is_configured_and_its_registers_are_where_its_bars_say(stack: ExitStack, tmp_path: Path) -> None:
+    remote = Remote(stack, tmp_path, "lsi0")
+    client = remote.client
+    assert client.config_read(0, 4) == 0x0012_1000
+    client.config_write(0x14, 4, 0xFFFF_FFFF)
+    assert client.config_read(0x14, 4) == 0xFFFF_FC00
+    remote.place()
+    client.bar_write(_MEMORY + _SCRATCH_A, 4, 0x1234_5678)
+    assert client.bar_read(_MEMORY + _SCRATCH_A, 4) == 0x1234_5678
+    assert client.bar_read(_PORTS + _SCRATCH_A, 2, memory=False) == 0x5678
+    client.reset()
+    assert client.config_read(0, 4) == 0x0012_1000
+
+
+def test_it_reads_and_writes_the_memory_that_is_shared_with_it(stack: ExitStack, tmp_path: Path) -> None:
+    """A program of the controller's own, in guest memory: move 64 bytes from there to there, and interrupt."""
+    remote = Remote(stack, tmp_path, "lsi0")
+    memory = create_memfd("guest", _SIZE)
+    stack.callback(os.close, memory)
+    remote.client.share_memory([Sysmem(0, _SIZE, 0)], [memory])
+    remote.place()
+    os.pwrite(memory, struct.pack("<IIIII", 0xC000_0040, 0x2000, 0x3000, 0x9808_0000, 0), 0x1000)
+    os.pwrite(memory, bytes(range(64)), 0x2000)
+    interrupt, resample = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
+    remote.client.connect_irq(interrupt, resample)
+    remote.client.bar_write(_MEMORY + _DSP, 4, 0x1000)
+    eventually(lambda: bool(remote.client.bar_read(_MEMORY + _ISTAT, 1) & _DIP), "the program ends")
+    assert os.pread(memory, 64, 0x3000) == bytes(range(64))
+    os.close(interrupt)
+    os.close(resample)
+
+
+def test_its_state_leaves_it_running_and_is_loaded_by_another_that_waits(
+    stack: ExitStack, tmp_path: Path
+) -> None:
+    """QMP stop, migrate to a descriptor, cont: what a bridge to such a process stands on."""
+    here = Remote(stack, tmp_path, "here")
+    here.place()
+    here.client.bar_write(_MEMORY + _SCRATCH_A, 4, 0xFE44_2211)
+    here.ask("stop")
+    data = _saved(here)
+    here.ask("cont")
+    assert here.ask("query-status")["running"]
+    here.client.bar_write(_MEMORY + _SCRATCH_A, 4, 1)
+    path = tmp_path / "stream"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        found = stream.read(file)  # as `ferry blob` does
+    assert (found.complaint, found.stopped_at) == (None, len(data))
+    assert any("lsiscsi" in section.name for section in found.sections)
+
+    there = Remote(stack, tmp_path, "there", "-incoming", "defer")
+    reader, writer = os.pipe()
+    there.ask("getfd", reader, fdname="in")
+    os.close(reader)
+    there.ask("migrate-incoming", uri="fd:in")
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(data)
+    eventually(there.moved, "it is loaded")
+    assert there.client.config_read(0x14, 4) == _MEMORY
+    assert there.client.bar_read(_MEMORY + _SCRATCH_A, 4) == 0xFE44_2211
+    assert here.client.bar_read(_MEMORY + _SCRATCH_A, 4) == 1
+
+
+def _saved(remote: Remote) -> bytes:
+    reader, writer = os.pipe()
+    remote.ask("getfd", writer, fdname="out")
+    os.close(writer)
+    data = bytearray()
+
+    def drain() -> None:
+        with os.fdopen(reader, "rb") as pipe:
+            data.extend(pipe.read())
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    remote.ask("migrate", uri="fd:out")
+    eventually(remote.moved, "it is saved")
+    thread.join(10)
+    assert not thread.is_alive()
+    return bytes(data)
+
+
+def test_one_that_hangs_and_one_that_is_gone_are_told_apart_in_time(stack: ExitStack, tmp_path: Path) -> None:
+    """There is no heartbeat: a deadline for every call is one."""
+    remote = Remote(stack, tmp_path, "lsi0", timeout=0.5)
+    remote.client.config_read(0, 4)
+    os.kill(remote.process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(DeviceTimeout, match="has not answered") as hangs:
+        remote.client.config_read(0, 4)
+    assert hangs.value.device == "lsi0"
+    assert time.monotonic() - began < 2.0
+    with pytest.raises(DeviceGone, match="earlier failure"):
+        remote.client.config_read(0, 4)
+    os.kill(remote.process.pid, signal.SIGCONT)
+    gone = Remote(stack, tmp_path, "lsi1")
+    gone.client.config_read(0, 4)
+    gone.process.kill()
+    gone.process.wait()
+    with pytest.raises(DeviceGone):
+        gone.client.config_read(0, 4)

@@ -65,6 +65,8 @@ class Rtc(Device):
         self.scratch = 0
         #: By clock: the high half of the instant whose low half was read last; None: none was read.
         self.latched: dict[int, int | None] = {Word.TIME: None, Word.MONO: None}
+        #: The halves stand there because of a load; nobody knows yet whether the guest is between two reads.
+        self._assumed = False
 
     # -- time -------------------------------------------------------------------------------------------------------------
 
@@ -142,6 +144,7 @@ class Rtc(Device):
         if size < 4:
             return 0
         word, high = offset & ~7, bool(offset & 4)
+        self._settle(word if high and size == 4 else None)
         if high and (latched := self.latched.get(word)) is not None:
             return latched
         value = self._word(word)
@@ -153,9 +156,19 @@ class Rtc(Device):
             self.latched[word] = value >> 32
         return value & LOW
 
+    def _settle(self, word: int | None) -> None:
+        """The first access after a load says whether the guest was stopped between the two reads of a word: then it is the other.
+
+        :param word: whose high half is read; None for any other access.
+        """
+        if self._assumed:
+            self._assumed = False
+            self.latched = {one: half if one == word else None for one, half in self.latched.items()}
+
     def write(self, region: int, offset: int, size: int, value: int) -> None:
         if size < 4:
             return
+        self._settle(None)
         shift = 32 if offset & 4 else 0
         value <<= shift
         written = ALL if size == 8 else LOW << shift
@@ -203,8 +216,13 @@ class Rtc(Device):
         self.alarm_on = state["alarm_enabled"]
         self.fired = state["alarm_fired"]
         self.scratch = state["scratch"]
-        half = state.get("half_read") or {}
-        self.latched = {Word.TIME: half.get("time_high"), Word.MONO: half.get("mono_high")}
+        half = state.get("half_read")
+        # What is not said is as it was at the stop, and not as it is at the read: the time has gone on until then.
+        self._assumed = half is None
+        self.latched = {
+            Word.TIME: half["time_high"] if half else self.time >> 32,
+            Word.MONO: half["mono_high"] if half else self.mono >> 32,
+        }
 
 
 if __name__ == "__main__":

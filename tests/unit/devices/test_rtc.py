@@ -171,6 +171,36 @@ def test_the_low_half_fixes_the_high_half_also_across_a_migration() -> None:
     assert get(destination, MONO + 4, 4) == 0
 
 
+def test_a_word_whose_low_half_was_read_before_the_stop_does_not_jump_where_its_high_half_wraps_on_the_way() -> (
+    None
+):
+    """The low half's instant is of the source, and so must the high half be: 4.3 s that the guest's clock then ran back."""
+    source, destination = RtcOn(Host(mono=100, wall=0x5_FFFF_0000)), RtcOn(elsewhere())
+    run(source)
+    source.host.advance(0xF000)
+    low = get(source, TIME, 4)
+    rest(source)
+    carry(payload_of(source), destination)
+    with destination.lock:
+        destination.start(0x2000)  # the standstill goes past the wrap
+        destination.leave_p2p()
+    assert get(destination, TIME + 4, 4) << 32 | low == 0x5_FFFF_F000
+    assert get(destination, TIME, 4) == 0x1000
+    assert get(destination, TIME + 4, 4) == 6
+
+
+def test_after_a_load_a_high_half_alone_is_of_now_once_anything_else_was_read() -> None:
+    source, destination = RtcOn(Host(mono=100, wall=0x5_FFFF_0000)), RtcOn(elsewhere())
+    run(source)
+    rest(source)
+    carry(payload_of(source), destination)
+    with destination.lock:
+        destination.start(1 << 32)
+        destination.leave_p2p()
+    assert get(destination, SCRATCH, 4) == 0
+    assert get(destination, TIME + 4, 4) == 6
+
+
 def test_a_reset_keeps_the_time_and_clears_the_rest() -> None:
     host = here()
     rtc = RtcOn(host)

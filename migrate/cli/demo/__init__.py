@@ -209,7 +209,8 @@ async def _play(options: Options, *, as_json: bool) -> int:
         await stage.close()
     if outcome["guest"]["corrupt"] or outcome["guest"]["missed"]:
         wrong = FerryError(
-            "the guest found something corrupt or missing",
+            "the guest found something corrupt or missing"
+            + (f": {stage.strange!r}" if stage.strange else ""),
             phase=Phase.RUNNING,
             remedy="run again with --keep and report it",
         )

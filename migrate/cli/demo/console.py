@@ -26,6 +26,7 @@ class GuestReport:
     corrupt: int  #: CORRUPT lines, and lines that are no line of this guest
     missed: int  #: places where the numbering of ticks skips or repeats
     longest_gap_ms: float
+    strange: str = ""  #: the first of the lines that are counted as corrupt
 
     def to_json(self) -> dict[str, int | float]:
         return {
@@ -57,14 +58,15 @@ def read(before: bytes, after: bytes | None, at_start: int) -> GuestReport:
     ticks = TICK.findall(whole)
     numbers = [int(match[0]) for match in ticks]
     missed = sum(1 for one, next_one in pairwise(numbers) if next_one != one + 1)
-    strange = sum(1 for line in whole.splitlines() if not LINE.fullmatch(line))
+    strange = [line for line in whole.splitlines() if not LINE.fullmatch(line)]
     until = TICK.findall(before)
     return GuestReport(
         ticks_before=int(until[-1][0]) if until and after is not None else at_start,
         ticks_after=numbers[-1] if numbers else 0,
-        corrupt=strange,
+        corrupt=len(strange),
         missed=missed,
         longest_gap_ms=max((int(match[2]) for match in ticks), default=0) / 1000,
+        strange=strange[0].decode(errors="replace")[:200] if strange else "",
     )
 
 

@@ -70,6 +70,7 @@ class Stage:
     say: Say
     tell: Callable[[Event], None]  #: every event of the migration
     extra: Event = field(default_factory=dict)  #: what a scenario adds to the last line
+    strange: str = ""  #: the first line of the guest's that is not one of its own, or says CORRUPT
     tick_at_start: int = 0
     said_before: bytes = b""  #: what the guest said on the destination's host before it was there last
 
@@ -231,6 +232,7 @@ class Stage:
         report = self.console.read(first, second if moved else None, self.tick_at_start)
         for key in ("job", "machine", "to", "role"):
             outcome.pop(key, None)
+        self.strange = report.strange
         return {**outcome, "guest": report.to_json(), **self.extra}
 
     async def nobody_executes(self, hosts: list[DemoHost]) -> None:

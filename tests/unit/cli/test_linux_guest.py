@@ -110,6 +110,7 @@ def test_a_line_may_begin_on_one_host_and_end_on_the_other() -> None:
 def test_what_is_wrong_is_seen(after: bytes, corrupt: int, missed: int) -> None:
     report = console.read(BEFORE, after, 0)
     assert (report.corrupt, report.missed) == (corrupt, missed)
+    assert bool(report.strange) == bool(corrupt)
 
 
 def test_the_last_whole_tick_of_a_file(tmp_path: Path) -> None:

@@ -42,11 +42,13 @@ def read(before: bytes, after: bytes | None, at_start: int) -> GuestReport:
     ticks = TICK.findall(whole)
     numbers = [int(number) for number, _ in ticks]
     times = [int(time) for _, time in ticks]
+    strange = [line for line in whole.splitlines() if not LINE.fullmatch(line)]
     until = TICK.findall(before[: before.rfind(b"\n") + 1])
     return GuestReport(
         ticks_before=int(until[-1][0]) if until and after is not None else at_start,
         ticks_after=numbers[-1] if numbers else 0,
-        corrupt=sum(1 for line in whole.splitlines() if not LINE.fullmatch(line)),
+        corrupt=len(strange),
         missed=sum(1 for one, following in pairwise(numbers) if following != one + 1),
         longest_gap_ms=float(max((two - one for one, two in pairwise(times)), default=0)),
+        strange=strange[0].decode(errors="replace")[:200] if strange else "",
     )

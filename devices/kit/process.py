@@ -27,6 +27,7 @@ from devices.kit.service import ControlThread, Service
 from devices.kit.tracking import COMPARE
 from devices.kit.vfio_user import VfioUserBackend
 from devices.protocols.mpqemu.server import Server as MpqemuServer
+from devices.protocols.serving import OneClientServer
 from devices.protocols.vfio_user.server import Server as VfioUserServer
 from migrate.bus.connection import Bus
 from migrate.bus.device import PATH, device_interfaces
@@ -35,7 +36,6 @@ from migrate.state.lifecycle import DeviceState
 
 log = logging.getLogger(__name__)
 
-Server = VfioUserServer | MpqemuServer
 #: Of `--protocol`, beside vfio-user.
 MPQEMU, VHOST_USER = "mpqemu", "vhost-user"
 
@@ -123,7 +123,9 @@ def main(
     _exit_with(lambda: _serve_device(device_class, arguments), arguments)
 
 
-def run(participant: Participant, arguments: argparse.Namespace, server: Server | None = None) -> NoReturn:
+def run(
+    participant: Participant, arguments: argparse.Namespace, server: OneClientServer | None = None
+) -> NoReturn:
     """Serve a participant that is no device (the vCPU) on its machine's bus, until the process ends.
 
     :param arguments: parsed by what `argument_parser` gave. :param server: what its VMM is served by, if it has one.
@@ -149,7 +151,7 @@ def _serve_device(device_class: type[Device], arguments: argparse.Namespace) -> 
     _serve(device, runtime, arguments, _server(device, runtime, arguments))
 
 
-def _server(device: Device, runtime: Runtime, arguments: argparse.Namespace) -> Server | None:
+def _server(device: Device, runtime: Runtime, arguments: argparse.Namespace) -> OneClientServer | None:
     """What the VMM is served by. Behind vhost-user the device has a server of its own."""
     if not arguments.socket:
         return None
@@ -159,7 +161,10 @@ def _server(device: Device, runtime: Runtime, arguments: argparse.Namespace) -> 
 
 
 def _serve(
-    participant: Participant, runtime: Runtime, arguments: argparse.Namespace, server: Server | None = None
+    participant: Participant,
+    runtime: Runtime,
+    arguments: argparse.Namespace,
+    server: OneClientServer | None = None,
 ) -> None:
     """Until a signal says to end. Everything that can be wrong is found before the first name is requested."""
     try:

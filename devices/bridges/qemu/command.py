@@ -31,7 +31,7 @@ class DeviceEntry:
     type: str
     socket: str
     options: dict[str, str]
-    protocol: str = "vhost-user"
+    protocol: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Platform:
     @property
     def driven(self) -> list[DeviceEntry]:
         """Those that QEMU drives by vhost-user."""
-        return [device for device in self.devices if device.socket and device.protocol == "vhost-user"]
+        return [device for device in self.devices if device.protocol == "vhost-user"]
 
     @property
     def proxied(self) -> list[DeviceEntry]:

@@ -53,6 +53,8 @@ GOING_ON: Final = frozenset(
 STOP_SECONDS: Final = 4.0
 CANCEL_SECONDS: Final = 4.0
 LOAD_SECONDS: Final = 4.0
+#: For a device's process to take QEMU's connection.
+_CONNECT_SECONDS: Final = 2.0
 _POLL: Final = 0.002
 
 
@@ -116,14 +118,16 @@ class QemuVmm(Participant):
     def _proxy(self, device: command.DeviceEntry, inherited: ExitStack) -> int:
         """A connection to a device, for QEMU to inherit: an x-pci-proxy-dev does not connect by itself."""
         connection = inherited.enter_context(socket.socket(socket.AF_UNIX))
+        connection.settimeout(_CONNECT_SECONDS)
         try:
             connection.connect(device.socket)
+            connection.settimeout(None)  # QEMU reads and writes it as one that blocks
         except OSError as error:
             raise DeviceGone(
-                f"{device.id} is not there for QEMU to drive: {error.strerror}",
+                f"{device.id} is not there for QEMU to drive: {error.strerror or error}",
                 device=self.id,
                 phase=Phase.SETUP,
-                remedy="see its log",
+                remedy=f"see {self._directory / device.id}.log",
             ) from None
         return connection.fileno()
 

@@ -5,22 +5,21 @@ There is no heartbeat message in QEMU 7.2: every call has a deadline, and a devi
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-import struct
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, Self
 
 from devices.protocols.channel import check_path, receive
 from devices.protocols.mpqemu import messages as m
 from devices.protocols.mpqemu.messages import BarAccess, Command, ConfigAccess, Sysmem
-from migrate.errors import DeviceError, DeviceGone, DeviceRefused, DeviceTimeout, Phase
+from migrate.errors import DeviceGone, DeviceRefused, DeviceTimeout, Phase
 
 #: Seconds for a call, from its first byte to its answer's last.
 TIMEOUT: Final = 3.5
-_RET: Final = struct.Struct("=Q")
 
 
 class Client:
@@ -30,20 +29,22 @@ class Client:
         """:param connection: owned from here on. :param device: for errors."""
         self.device = device
         self._socket = connection
-        self._socket.settimeout(timeout)
+        self._timeout = timeout
         self._lock = threading.Lock()
         self._broken = False
 
     @classmethod
     def connect(cls, path: str, device: str = "", timeout: float = TIMEOUT) -> Self:
         """:raise DeviceGone: nobody serves there."""
+        check_path(path)
         connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(timeout)
         try:
-            connection.connect(check_path(path))
+            connection.connect(path)
         except OSError as error:
             connection.close()
             raise DeviceGone(
-                f"nobody serves at {path}: {error.strerror}",
+                f"nobody serves at {path}: {error.strerror or error}",
                 device=device,
                 phase=Phase.SETUP,
                 remedy="is the device's process running?",
@@ -73,8 +74,11 @@ class Client:
         self._call(m.encode(Command.DEVICE_RESET))
 
     def share_memory(self, regions: Sequence[Sysmem], fds: Sequence[int]) -> None:
-        """All of guest memory, in place of what was said before; a descriptor a region, which stay the caller's. No answer."""
-        self._send(m.encode_sysmem(list(regions)), fds)
+        """All of guest memory, in place of what was said before; a descriptor a region, which stay the caller's. No answer.
+
+        :raise BadMessage: more regions than a message has room for.
+        """
+        self._send(m.encode_sysmem(regions), fds)
 
     def connect_irq(self, interrupt: int, resample: int) -> None:
         """Eventfds for INTx, which stay the caller's. No answer."""
@@ -88,54 +92,61 @@ class Client:
             raise self._refused("an answer without a value")
         return answer & (1 << 8 * size) - 1
 
-    def _send(self, message: bytes, fds: Sequence[int] = ()) -> None:
-        with self._lock:
-            self._transmit(message, fds)
+    def _send(self, message: bytes, fds: Sequence[int]) -> None:
+        with self._lock, self._blame():
+            self._transmit(message, fds, time.monotonic() + self._timeout)
 
     def _call(self, message: bytes) -> int | None:
-        with self._lock:
-            self._transmit(message, ())
-            head = self._read(m.HEADER.size)
-            command, size = m.HEADER.unpack(head)
-            if command != Command.RET or size not in (0, _RET.size):
-                self._broken = True
-                raise self._refused(f"an answer that is none: command {command} of {size} bytes")
-            return int(_RET.unpack(self._read(size))[0]) if size else None
+        with self._lock, self._blame():
+            deadline = time.monotonic() + self._timeout
+            self._transmit(message, (), deadline)
+            return m.decode_ret(self._read(m.ret_size(self._read(m.HEADER.size, deadline)), deadline))
 
-    def _transmit(self, message: bytes, fds: Sequence[int]) -> None:
-        if self._broken:
-            raise self._gone("its connection is of no use since an earlier failure")
-        try:
-            sent = socket.send_fds(self._socket, [message], list(fds)) if fds else 0
-            self._socket.sendall(message[sent:])
-        except OSError as error:
-            raise self._lost(error) from None
+    def _transmit(self, message: bytes, fds: Sequence[int], deadline: float) -> None:
+        self._wait_until(deadline)
+        sent = socket.send_fds(self._socket, [message], list(fds)) if fds else 0
+        self._socket.sendall(message[sent:])
 
-    def _read(self, size: int) -> bytes:
+    def _read(self, size: int, deadline: float) -> bytes:
         data = b""
         while len(data) < size:
-            try:
-                got, fds, _ = receive(self._socket, size - len(data))
-            except OSError as error:
-                raise self._lost(error) from None
+            self._wait_until(deadline)
+            got, fds, _ = receive(self._socket, size - len(data))
             for fd in fds:  # nobody is to send any
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+                os.close(fd)
             if not got:
-                raise self._lost(ConnectionResetError("it has closed the connection"))
+                raise ConnectionResetError("it has closed the connection")
             data += got
         return data
 
-    def _lost(self, error: OSError) -> DeviceError:
-        self._broken = True
-        if isinstance(error, TimeoutError):
-            return DeviceTimeout(
-                f"it has not answered for {self._socket.gettimeout():g} s",
+    def _wait_until(self, deadline: float) -> None:
+        """One deadline for all of a call: a peer that answers byte by byte does not get one for each."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+    @contextmanager
+    def _blame(self) -> Iterator[None]:
+        """Where a call fails half-way, nobody knows what the next bytes belong to."""
+        if self._broken:
+            raise self._gone("its connection is of no use since an earlier failure")
+        try:
+            yield
+        except TimeoutError:
+            self._broken = True
+            raise DeviceTimeout(
+                f"it has not answered for {self._timeout:g} s",
                 device=self.device,
                 phase=Phase.RUNNING,
                 remedy="see its log",
-            )
-        return self._gone(error.strerror or str(error))
+            ) from None
+        except OSError as error:
+            self._broken = True
+            raise self._gone(error.strerror or str(error)) from None
+        except m.BadMessage as error:
+            self._broken = True
+            raise self._refused(error.reason) from None
 
     def _gone(self, reason: str) -> DeviceGone:
         return DeviceGone(reason, device=self.device, phase=Phase.RUNNING, remedy="see its log")

@@ -7,6 +7,7 @@ checked before anything of that size is read.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -45,6 +46,9 @@ SHAPES: Final = {
     Command.SET_IRQFD: (0, 2, 2),
     Command.DEVICE_RESET: (0, 0, 0),
 }
+
+#: QEMU does not wait for an answer to these.
+UNANSWERED: Final = frozenset({Command.SYNC_SYSMEM, Command.SET_IRQFD})
 
 
 class BadMessage(RemoteProtocolError):
@@ -130,14 +134,30 @@ def encode_ret(value: int | None) -> bytes:
     return HEADER.pack(Command.RET, _RET.size) + _RET.pack(value)
 
 
-# -- for a peer that plays QEMU ------------------------------------------------------------------------------------------------
+# -- a VMM's side ----------------------------------------------------------------------------------------------------------------
+
+
+def ret_size(header: bytes) -> int:
+    """How many bytes follow the header of an answer: none, or a value's. :raise BadMessage: it is no answer."""
+    number, size = HEADER.unpack(header)
+    if number != Command.RET or size not in (0, _RET.size):
+        raise bad(f"command {number} of {size} bytes where an answer belongs")
+    return int(size)
+
+
+def decode_ret(payload: bytes) -> int | None:
+    """None for an answer without a value."""
+    return int(_RET.unpack(payload)[0]) if payload else None
 
 
 def encode(command: Command, payload: bytes = b"") -> bytes:
     return HEADER.pack(command, len(payload)) + payload
 
 
-def encode_sysmem(regions: list[Sysmem]) -> bytes:
+def encode_sysmem(regions: Sequence[Sysmem]) -> bytes:
+    """:raise BadMessage: more regions than a message has room for."""
+    if len(regions) > MAX_REGIONS:
+        raise bad(f"{len(regions)} regions of memory; a message has room for {MAX_REGIONS}")
     columns = [[region[i] for region in regions] + [0] * (MAX_REGIONS - len(regions)) for i in range(3)]
     return encode(Command.SYNC_SYSMEM, _SYNC.pack(*columns[0], *columns[1], *columns[2]))
 

@@ -6,6 +6,7 @@ to whatever is well formed, and what the device refuses is answered with all one
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 from devices.protocols.mpqemu import messages as m
 from devices.protocols.mpqemu.messages import Command
+
+log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -49,13 +52,21 @@ class Session:
     def handle(self, command: Command, payload: memoryview, fds: list[int]) -> bytes | None:
         """The answer to a message, None where there is none. Descriptors that it takes are removed from `fds`.
 
+        A device that fails is answered for too: QEMU would wait for ever, and its guest with it.
+
         :raise BadMessage: the connection cannot go on.
         """
         _, fewest, most = m.SHAPES[command]
         if not fewest <= len(fds) <= most:
             raise m.bad(f"{command.name} with {len(fds)} descriptors; it has {fewest} to {most}")
-        with self._backend.lock:
-            return self._handle(command, payload, fds)
+        try:
+            with self._backend.lock:
+                return self._handle(command, payload, fds)
+        except m.BadMessage:
+            raise
+        except Exception:
+            log.exception("event=failed command=%s", command.name)
+            return None if command in m.UNANSWERED else m.encode_ret(m.REFUSED)
 
     def _handle(self, command: Command, payload: memoryview, fds: list[int]) -> bytes | None:
         backend = self._backend
@@ -93,6 +104,9 @@ class Session:
     def close(self) -> None:
         """QEMU has gone, which is the machine's power-off: there is no way back to a proxy that lost its connection."""
         with self._backend.lock:
-            self._backend.reset()
+            try:
+                self._backend.reset()
+            except Exception:
+                log.exception("event=failed command=reset")
             self._backend.share_memory([], [])
             self._backend.connect_irq(None)

@@ -73,8 +73,8 @@ def test_a_host_knows_the_qemus_that_it_was_told_of(tmp_path: Path, monkeypatch:
 
 def platform(*words: str, state: str = "ferry", backend: str = "") -> Platform:
     devices = (
-        DeviceEntry("disk0", "vhost-user-blk", "/m/d0,1.sock", {"queues": "2"}),
-        DeviceEntry("clock", "rtc", "", {}),
+        DeviceEntry("disk0", "vhost-user-blk", "/m/d0,1.sock", {"queues": "2"}, "vhost-user"),
+        DeviceEntry("clock", "rtc", "", {}, "none"),
     )
     return Platform(words, "", "unix:path=/bus", state, devices, backend)
 

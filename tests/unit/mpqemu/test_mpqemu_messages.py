@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,55 +17,47 @@ from devices.kit import Device, RegionInfo
 from devices.kit.mpqemu import MpqemuBackend
 from devices.kit.runtime import Runtime
 from devices.protocols.mpqemu import messages as m
+from devices.protocols.mpqemu.client import Client
 from devices.protocols.mpqemu.messages import BarAccess, Command, ConfigAccess, Sysmem
 from devices.protocols.mpqemu.server import Server
 from devices.rtc import Rtc
 from devices.uart16550 import Uart16550
 from devices.virtio_blk import VirtioBlk
-from migrate.errors import UsageError
+from migrate.errors import DeviceRefused, DeviceTimeout, UsageError
 from migrate.memory.memfd import create_memfd
 from migrate.state.lifecycle import DeviceState
 
 _PORT = 0xC000
 
 
-class Peer:
-    """QEMU's end of the connection."""
+class Peer(Client):
+    """QEMU's end of the connection; it can also say what QEMU never would."""
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(5)
         self.socket.connect(path)
+        super().__init__(self.socket, "dev0", 5.0)
 
-    def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    def say(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         if fds:
             socket.send_fds(self.socket, [data], list(fds))
         else:
             self.socket.sendall(data)
 
-    def answer(self) -> int | None:
-        """The value; None for an answer without one."""
-        command, size = m.HEADER.unpack(self._exactly(m.HEADER.size))
-        assert command == Command.RET
-        return int(struct.unpack("=Q", self._exactly(size))[0]) if size else None
+    def settle(self) -> None:
+        """Until all that was sent is carried out."""
+        self.config_read(0, 2)
 
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            got = self.socket.recv(size - len(data))
-            assert got, "the device has closed the connection"
-            data += got
-        return data
+    def place(self) -> None:
+        """As firmware does with the ports of a uart."""
+        self.config_write(0x10, 4, _PORT)
+        self.config_write(0x04, 2, 1)
 
-    def config(self, offset: int, size: int, value: int | None = None) -> int | None:
-        command = Command.PCI_CFGREAD if value is None else Command.PCI_CFGWRITE
-        self.send(m.encode_config(command, ConfigAccess(offset, value or 0, size)))
-        return self.answer()
+    def port(self, offset: int) -> int:
+        return self.bar_read(_PORT + offset, 1, memory=False)
 
-    def bar(self, address: int, size: int, value: int | None = None, *, memory: bool = False) -> int | None:
-        command = Command.BAR_READ if value is None else Command.BAR_WRITE
-        self.send(m.encode_bar(command, BarAccess(address, value or 0, size, memory)))
-        return self.answer()
+    def set_port(self, offset: int, value: int) -> None:
+        self.bar_write(_PORT + offset, 1, value, memory=False)
 
     def is_dropped(self) -> bool:
         try:
@@ -111,58 +103,51 @@ def disk(tmp_path: Path) -> Iterator[Rig]:
     rig.close()
 
 
-def _settle(rig: Rig) -> None:
-    """Until all that was sent is carried out."""
-    rig.peers[-1].config(0, 2)
-
-
 def test_qemu_learns_the_size_of_a_bar_by_writing_ones(uart: Rig) -> None:
     peer = uart.peer()
-    assert peer.config(0x00, 4) == 0x0002_1B36
-    peer.config(0x10, 4, 0xFFFF_FFFF)
-    found = peer.config(0x10, 4)
-    assert found is not None
+    assert peer.config_read(0x00, 4) == 0x0002_1B36
+    peer.config_write(0x10, 4, 0xFFFF_FFFF)
+    found = peer.config_read(0x10, 4)
     assert found & 1  # ports
     assert ~(found & 0xFFFF_FFF0) + 1 & 0xFFFF_FFFF == 16  # QEMU's arithmetic: no less than 16
-    peer.config(0x28, 4, 0xFFFF_FFFF)
-    assert peer.config(0x28, 4) == 0
+    peer.config_write(0x28, 4, 0xFFFF_FFFF)
+    assert peer.config_read(0x28, 4) == 0
 
 
 def test_registers_are_where_the_bar_says_and_only_while_it_is_decoded(uart: Rig, tmp_path: Path) -> None:
     peer = uart.peer()
-    peer.config(0x10, 4, _PORT)
-    assert peer.bar(_PORT + 7, 1, 0x5A) == m.REFUSED
-    peer.config(0x04, 2, 1)
-    assert peer.bar(_PORT + 7, 1, 0x5A) == 0
-    assert peer.bar(_PORT + 7, 1) == 0x5A
-    assert peer.bar(_PORT + 7, 1, memory=True) == m.REFUSED
-    assert peer.bar(_PORT + 8, 1) == m.REFUSED
-    assert peer.bar(_PORT + 7, 2) == m.REFUSED  # half of it is nobody's
+    peer.config_write(0x10, 4, _PORT)
+    peer.set_port(7, 0x5A)
+    assert peer.port(7) == 0xFF  # nobody answers
+    peer.config_write(0x04, 2, 1)
+    assert peer.port(7) == 0
+    peer.set_port(7, 0x5A)
+    assert peer.port(7) == 0x5A
+    assert peer.bar_read(_PORT + 7, 1, memory=True) == 0xFF
+    assert peer.port(8) == 0xFF
+    assert peer.bar_read(_PORT + 7, 2, memory=False) == 0xFFFF  # half of it is nobody's
     for byte in b"hi\n":
-        peer.bar(_PORT, 1, byte)
+        peer.set_port(0, byte)
     assert (tmp_path / "out").read_bytes() == b"hi\n"
 
 
 def test_a_reset_is_one_of_the_device_and_of_its_function(uart: Rig) -> None:
     peer = uart.peer()
-    peer.config(0x10, 4, _PORT)
-    peer.config(0x04, 2, 1)
-    peer.bar(_PORT + 3, 1, 0x1B)
-    peer.send(m.encode(Command.DEVICE_RESET))
-    assert peer.answer() is None
-    assert peer.config(0x04, 2) == 0
-    assert peer.config(0x10, 4) == 1
+    peer.place()
+    peer.set_port(3, 0x1B)
+    peer.reset()
+    assert peer.config_read(0x04, 2) == 0
+    assert peer.config_read(0x10, 4) == 1
     assert isinstance(uart.device, Uart16550)
     assert uart.device.lcr == 0
 
 
 def test_an_interrupt_is_signalled_through_the_eventfd(uart: Rig) -> None:
     peer = uart.peer()
-    peer.config(0x10, 4, _PORT)
-    peer.config(0x04, 2, 1)
+    peer.place()
     interrupt, resample = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0)
-    peer.send(m.encode(Command.SET_IRQFD), (interrupt, resample))
-    peer.bar(_PORT + 1, 1, 0x02)  # transmitter empty: at once
+    peer.connect_irq(interrupt, resample)
+    peer.set_port(1, 0x02)  # transmitter empty: at once
     assert os.eventfd_read(interrupt) == 1
     os.close(interrupt)
     os.close(resample)
@@ -170,41 +155,53 @@ def test_an_interrupt_is_signalled_through_the_eventfd(uart: Rig) -> None:
 
 def test_a_device_that_stands_still_answers_with_ones(uart: Rig) -> None:
     peer = uart.peer()
-    peer.config(0x10, 4, _PORT)
-    peer.config(0x04, 2, 1)
+    peer.place()
     uart.runtime.set_state(DeviceState.RUNNING_P2P)
     uart.runtime.set_state(DeviceState.STOP)
-    assert peer.bar(_PORT + 7, 1) == m.REFUSED
+    assert peer.port(7) == 0xFF
+
+
+def test_a_device_that_fails_is_answered_for(uart: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU waits for every answer, and the whole guest with it."""
+    peer = uart.peer()
+    peer.place()
+    monkeypatch.setattr(uart.device, "read", lambda *_: 1 // 0)
+    assert peer.port(7) == 0xFF
+    monkeypatch.undo()
+    assert peer.port(7) == 0
+    monkeypatch.setattr(uart.device, "reset", lambda: 1 // 0)
+    peer.socket.close()
+    monkeypatch.undo()
+    assert uart.peer().config_read(0, 2) == 0x1B36
 
 
 def test_a_function_of_its_own_is_shown_as_it_is(disk: Rig) -> None:
     peer = disk.peer()
-    assert peer.config(0x00, 4) == 0x1042_1AF4
-    peer.config(0x10, 4, 0xFFFF_FFFF)
-    assert peer.config(0x10, 4) == 0xFFFF_8000
-    peer.config(0x10, 4, 0xE000_0000)
-    peer.config(0x04, 2, 2)
-    assert peer.bar(0xE000_0000 + 0x12, 2, memory=True) == 2  # num_queues of the common configuration
+    assert peer.config_read(0x00, 4) == 0x1042_1AF4
+    peer.config_write(0x10, 4, 0xFFFF_FFFF)
+    assert peer.config_read(0x10, 4) == 0xFFFF_8000
+    peer.config_write(0x10, 4, 0xE000_0000)
+    peer.config_write(0x04, 2, 2)
+    assert peer.bar_read(0xE000_0000 + 0x12, 2) == 2  # num_queues of the common configuration
 
 
 def test_memory_is_what_was_said_last(disk: Rig) -> None:
     peer = disk.peer()
-    _settle(disk)
+    peer.settle()
     first, second = create_memfd("one", 1 << 20), create_memfd("two", 1 << 20)
     os.pwrite(first, b"first", 0)
     os.pwrite(second, b"second", 4096)
     before = len(os.listdir("/proc/self/fd"))
-    peer.send(m.encode_sysmem([Sysmem(0, 1 << 20, 0)]), (first,))
-    _settle(disk)
+    peer.share_memory([Sysmem(0, 1 << 20, 0)], [first])
+    peer.settle()
     assert disk.device.memory.read(0, 5) == b"first"
     kept = disk.device.memory.windows[0]
-    two = [Sysmem(0, 1 << 20, 0), Sysmem(1 << 32, 8192, 4096)]
-    peer.send(m.encode_sysmem(two), (first, second))
-    _settle(disk)
+    peer.share_memory([Sysmem(0, 1 << 20, 0), Sysmem(1 << 32, 8192, 4096)], [first, second])
+    peer.settle()
     assert kept in disk.device.memory.windows  # what is as it was stays mapped
     assert disk.device.memory.read(1 << 32, 6) == b"second"
-    peer.send(m.encode_sysmem([]))
-    _settle(disk)
+    peer.share_memory([], [])
+    peer.settle()
     assert disk.device.memory.windows == ()
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(first)
@@ -213,14 +210,14 @@ def test_memory_is_what_was_said_last(disk: Rig) -> None:
 
 def _dropped_without_a_trace(rig: Rig, data: bytes, fds: tuple[int, ...] = ()) -> None:
     peer = rig.peer()
-    peer.config(0, 2)
+    peer.settle()
     before = len(os.listdir("/proc/self/fd"))
-    peer.send(data, fds)
+    peer.say(data, fds)
     peer.socket.shutdown(socket.SHUT_WR)
     assert peer.is_dropped()
     peer.socket.close()
     after = rig.peer()  # the next one is served
-    assert after.config(0x00, 2) is not None
+    after.settle()
     assert len(os.listdir("/proc/self/fd")) <= before
     assert rig.device.memory.windows == ()
     after.socket.close()
@@ -255,6 +252,7 @@ def test_memory_that_cannot_be_is_refused_and_no_descriptor_stays(disk: Rig) -> 
         ([Sysmem(0, 0, 0)], one),
         ([Sysmem((1 << 64) - 4096, 8192, 0)], one),
         ([Sysmem(0, 8192, 0), Sysmem(4096, 8192, 0)], (sealed, sealed)),
+        ([Sysmem(0, 8192, 100)], one),
         ([Sysmem(0, 8192, 0)], (sealed,) * 9),
     ]
     for regions, fds in wrong:
@@ -265,12 +263,10 @@ def test_memory_that_cannot_be_is_refused_and_no_descriptor_stays(disk: Rig) -> 
 
 def test_the_end_of_qemu_is_the_end_of_power(uart: Rig) -> None:
     peer = uart.peer()
-    peer.config(0x10, 4, _PORT)
-    peer.config(0x04, 2, 1)
-    peer.bar(_PORT + 3, 1, 0x1B)
+    peer.place()
+    peer.set_port(3, 0x1B)
     peer.socket.close()
-    after = uart.peer()
-    assert after.config(0x04, 2) == 0
+    assert uart.peer().config_read(0x04, 2) == 0
     assert isinstance(uart.device, Uart16550)
     assert uart.device.lcr == 0
 
@@ -302,24 +298,61 @@ def test_no_bytes_of_a_header_are_more_than_an_error(data: bytes) -> None:
     assert size == m.SHAPES[command][0]
 
 
-def test_accesses_of_two_threads_do_not_mix(uart: Rig) -> None:
-    """The bus reads the state while QEMU writes registers."""
-    peer = uart.peer()
-    peer.config(0x10, 4, _PORT)
-    peer.config(0x04, 2, 1)
-    seen: list[int] = []
+# -- the client, with a device that is not one of ours --------------------------------------------------------------------------
+
+
+def test_an_answer_byte_by_byte_does_not_outlast_the_deadline() -> None:
+    ours, theirs = socket.socketpair()
+    client = Client(ours, "slow0", 0.3)
     done = threading.Event()
 
-    def look() -> None:
-        while not done.is_set():
-            with uart.device.lock:
-                seen.append(uart.device.save()["scr"])  # type: ignore[arg-type]
+    def drip() -> None:
+        theirs.recv(100)
+        for byte in m.encode_ret(7):
+            if done.wait(0.05):
+                return
+            theirs.send(bytes([byte]))
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=drip)
     thread.start()
-    for value in range(200):
-        peer.bar(_PORT + 7, 1, value)
-        assert peer.bar(_PORT + 7, 1) == value
+    began = time.monotonic()
+    with pytest.raises(DeviceTimeout, match=r"0\.3 s") as late:
+        client.config_read(0, 4)
+    assert time.monotonic() - began < 1.0
+    assert late.value.device == "slow0"
     done.set()
     thread.join()
-    assert seen == sorted(seen)
+    client.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        m.HEADER.pack(Command.BAR_READ, 8) + bytes(8),
+        m.HEADER.pack(Command.RET, 4) + bytes(4),
+        m.encode_ret(None),
+    ],
+    ids=["no answer", "four bytes", "no value"],
+)
+def test_an_answer_that_is_none_is_refused(answer: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    client = Client(ours, "odd0", 1.0)
+    theirs.send(answer)
+    with pytest.raises(DeviceRefused) as odd:
+        client.config_read(0, 4)
+    assert odd.value.device == "odd0"
+    client.close()
+    theirs.close()
+
+
+def test_more_memory_than_a_message_holds_is_refused_before_it_is_sent() -> None:
+    ours, theirs = socket.socketpair()
+    client = Client(ours, "dev0", 1.0)
+    with pytest.raises(m.BadMessage, match="9 regions"):
+        client.share_memory([Sysmem(n << 20, 4096, 0) for n in range(9)], [0] * 9)
+    theirs.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        theirs.recv(1)
+    client.close()
+    theirs.close()

@@ -33,7 +33,6 @@ class Devices:
         self.directory = directory
         self._stack = stack
         self._connections: list[socket.socket] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
         bus = subprocess.run(
             ["dbus-daemon", "--session", "--fork", f"--address=unix:path={directory}/bus", "--print-pid"],
             capture_output=True, check=True,
@@ -47,8 +46,8 @@ class Devices:
             sys.executable, "-m", f"devices.{module}", "--id", module, "--bus", f"unix:path={self.directory}/bus",
             "--socket", path, "--protocol", protocol, *words,
         ]  # fmt: skip
-        process = subprocess.Popen(command, stderr=(self.directory / f"{module}.log").open("wb"))
-        self._processes.append(process)
+        with (self.directory / f"{module}.log").open("wb") as log:
+            process = subprocess.Popen(command, stderr=log)
         self._stack.callback(process.wait, 10)
         self._stack.callback(process.terminate)
         eventually(lambda: "event=ready" in self.log(module), f"{module} is on its bus")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import socket
 import struct
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from devices.bridges.qemu.monitor import Monitor
 from devices.protocols.mpqemu.client import Client
 from devices.protocols.mpqemu.messages import Sysmem
 from migrate.errors import DeviceGone, DeviceTimeout
@@ -62,29 +60,18 @@ class Remote:
         self.client = Client(ours, name, timeout)
         stack.callback(self.client.close)
         self._stack = stack
-        self._monitor: socket.socket | None = None
+        self._monitor: Monitor | None = None
 
-    def ask(self, command: str, fd: int | None = None, **arguments: Any) -> Any:
+    @property
+    def monitor(self) -> Monitor:
         if self._monitor is None:
-            eventually(lambda: os.path.exists(self._qmp), "QEMU's monitor")
-            self._monitor = self._stack.enter_context(socket.socket(socket.AF_UNIX))
-            self._monitor.settimeout(10)
-            self._monitor.connect(self._qmp)
-            self._lines = self._stack.enter_context(self._monitor.makefile("r"))
-            self._lines.readline()
-            self.ask("qmp_capabilities")
-        data = json.dumps({"execute": command, "arguments": arguments}).encode()
-        if fd is None:
-            self._monitor.sendall(data)
-        else:
-            socket.send_fds(self._monitor, [data], [fd])
-        while "event" in (answer := json.loads(self._lines.readline())):
-            pass
-        assert "error" not in answer, answer
-        return answer["return"]
+            self._monitor = Monitor("qemu", lambda *_: None, lambda: None)
+            self._stack.callback(self._monitor.close)
+            self._monitor.connect(self._qmp, alive=lambda: self.process.poll() is None)
+        return self._monitor
 
     def moved(self) -> bool:
-        status = self.ask("query-migrate").get("status")
+        status = self.monitor.execute("query-migrate").get("status")
         assert status != "failed"
         return bool(status == "completed")
 
@@ -136,52 +123,34 @@ def test_it_reads_and_writes_the_memory_that_is_shared_with_it(stack: ExitStack,
 def test_its_state_leaves_it_running_and_is_loaded_by_another_that_waits(
     stack: ExitStack, tmp_path: Path
 ) -> None:
-    """QMP stop, migrate to a descriptor, cont: what a bridge to such a process stands on."""
+    """QMP stop, migrate, cont: what a bridge to such a process stands on."""
+    path = tmp_path / "stream"
     here = Remote(stack, tmp_path, "here")
     here.place()
     here.client.bar_write(_MEMORY + _SCRATCH_A, 4, 0xFE44_2211)
-    here.ask("stop")
-    data = _saved(here)
-    here.ask("cont")
-    assert here.ask("query-status")["running"]
+    here.monitor.execute("stop")
+    here.monitor.execute("migrate", {"uri": f"exec:cat > {path}"})
+    eventually(here.moved, "it is saved")
+    here.monitor.execute("cont")
+    assert here.monitor.execute("query-status")["running"]
     here.client.bar_write(_MEMORY + _SCRATCH_A, 4, 1)
-    path = tmp_path / "stream"
-    path.write_bytes(data)
-    with path.open("rb") as file:
-        found = stream.read(file)  # as `ferry blob` does
-    assert (found.complaint, found.stopped_at) == (None, len(data))
+    eventually(lambda: _shown(path).complaint is None, "all of it has come through cat")
+    found = _shown(path)
+    assert found.stopped_at == path.stat().st_size
     assert any("lsiscsi" in section.name for section in found.sections)
 
     there = Remote(stack, tmp_path, "there", "-incoming", "defer")
-    reader, writer = os.pipe()
-    there.ask("getfd", reader, fdname="in")
-    os.close(reader)
-    there.ask("migrate-incoming", uri="fd:in")
-    with os.fdopen(writer, "wb") as pipe:
-        pipe.write(data)
+    there.monitor.execute("migrate-incoming", {"uri": f"exec:cat {path}"})
     eventually(there.moved, "it is loaded")
     assert there.client.config_read(0x14, 4) == _MEMORY
     assert there.client.bar_read(_MEMORY + _SCRATCH_A, 4) == 0xFE44_2211
     assert here.client.bar_read(_MEMORY + _SCRATCH_A, 4) == 1
 
 
-def _saved(remote: Remote) -> bytes:
-    reader, writer = os.pipe()
-    remote.ask("getfd", writer, fdname="out")
-    os.close(writer)
-    data = bytearray()
-
-    def drain() -> None:
-        with os.fdopen(reader, "rb") as pipe:
-            data.extend(pipe.read())
-
-    thread = threading.Thread(target=drain)
-    thread.start()
-    remote.ask("migrate", uri="fd:out")
-    eventually(remote.moved, "it is saved")
-    thread.join(10)
-    assert not thread.is_alive()
-    return bytes(data)
+def _shown(path: Path) -> stream.StreamSummary:
+    """As `ferry blob` reads it."""
+    with path.open("rb") as file:
+        return stream.read(file)
 
 
 def test_one_that_hangs_and_one_that_is_gone_are_told_apart_in_time(stack: ExitStack, tmp_path: Path) -> None:

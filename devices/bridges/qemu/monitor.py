@@ -42,6 +42,7 @@ class Monitor:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="monitor", daemon=True)
         self._thread.start()
+        self._tasks: list[asyncio.Future[None]] = []
         self._closing = False
 
     def connect(self, path: str, *, seconds: float = CONNECT_SECONDS, alive: Callable[[], bool]) -> None:
@@ -142,9 +143,15 @@ class Monitor:
                 await asyncio.wait_for(self._qmp.disconnect(), 1.0)
             except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
                 log.debug("event=monitor-closed why=%r", str(error))
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
         try:
             asyncio.run_coroutine_threadsafe(end(), self._loop).result(2.0)
         except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
             pass  # the thread is a daemon; the process ends
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(1.0)
+        if not self._thread.is_alive():
+            self._loop.close()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from devices.protocols.vfio_user.client import Client
+from migrate.errors import DeviceGone
 from migrate.memory.memfd import create_memfd
 from tests.bench.figures import MIB, Figure, Scale
 from tests.interop.libvfio.__main__ import build
@@ -57,12 +58,14 @@ def _client(
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=_ROOT)
     stack.callback(process.wait)
     stack.callback(process.kill)
-    while not os.path.exists(path):
-        if process.poll() is not None:
-            raise RuntimeError(f"{command[0]} ended with {process.returncode}")
-        time.sleep(0.01)
-    time.sleep(0.1)  # from bind to listen
-    client = Client.connect(path)
+    while True:
+        try:
+            client = Client.connect(path)
+            break
+        except DeviceGone:  # it does not listen yet
+            if process.poll() is not None:
+                raise
+            time.sleep(0.01)
     stack.callback(client.close)
     memory = create_memfd("bench", MIB)
     client.dma_map(_WINDOW, MIB, memory, 0)

@@ -6,9 +6,11 @@ import os
 import socket
 import struct
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from virtio_driver import EVENT_IDX, INDIRECT_DESC, VERSION_1, DiskQueue, Guest, Ring
+from virtio_driver import EVENT_IDX, INDIRECT_DESC, VERSION_1, Answer, DiskQueue, Guest, Ring
 from virtio_rig import make_memory
 
 from devices.vhost_blk import VhostUserBlk
@@ -198,3 +200,25 @@ class Bench:
     def close_device(self) -> None:
         self.device.close()
         assert self.device.server.ended(5.0)
+
+
+def answered(bench: Bench, queue: DiskQueue, count: int = 1, seconds: float = 10.0) -> list[Answer]:
+    """So many answers, waited for as a driver does."""
+    found: list[Answer] = []
+    deadline = time.monotonic() + seconds
+    while len(found) < count:
+        found += queue.answers()
+        assert time.monotonic() < deadline, f"{len(found)} of {count} answers"
+        time.sleep(0.001)
+    return found
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -40,6 +40,12 @@ _EVENTFD = "masking by an eventfd is not offered (IRQ info says so), and not ign
 _SHORT = "a field that is not there is not taken for zero"
 _ARC = "what was written is no whole state: it is judged on the way out of RESUMING"
 _NO_LOG = "nothing is logged yet: EINVAL, before it is asked what is mapped"
+_NO_IRQS = "an index without interrupts has no way of telling any"
+_NOT_OURS = (
+    "libvfio-user gives every PCI function an error and a request interrupt; ours has those that it raises"
+)
+_NO_STREAM = "the device here streams nothing, so it has no PRE_COPY; libvfio-user offers it for every device"
+_NO_FD = "there is no data descriptor: -1, as the kernel says it"
 _TOO_MANY = "more descriptors than were agreed on, with a command that takes none"
 
 
@@ -49,6 +55,11 @@ def _error(number: int, why: str) -> Difference:
 
 def _good(size: int, why: str) -> Difference:
     return Difference({"errno": 0, "size": size}, why)
+
+
+def _data(content: str, why: str) -> Difference:
+    """:param content: hexadecimal."""
+    return Difference({"errno": 0, "size": len(content) // 2, "data": content}, why)
 
 
 DIFFERENCES: Final[dict[tuple[str, str], Difference]] = {
@@ -63,6 +74,10 @@ DIFFERENCES: Final[dict[tuple[str, str], Difference]] = {
     ("requests", "command 0"): _error(ENOTSUP, _UNKNOWN),
     ("requests", "command 14, which was never given"): _error(ENOTSUP, _UNKNOWN),
     ("info", "info, long"): _error(EINVAL, _LONGER),
+    ("info", "irq 1"): _data("10000000000000000100000000000000", _NO_IRQS),
+    ("info", "irq 2"): _data("10000000000000000200000000000000", _NO_IRQS),
+    ("info", "irq 3"): _data("10000000000000000300000000000000", _NOT_OURS),
+    ("info", "irq 4"): _data("10000000000000000400000000000000", _NOT_OURS),
     ("regions", "read nothing"): _good(16, _NOTHING),
     ("regions", "read with data"): _error(EINVAL, _LONGER),
     ("regions", "write nothing"): _good(16, _NOTHING),
@@ -83,6 +98,8 @@ DIFFERENCES: Final[dict[tuple[str, str], Difference]] = {
     ("dma", "map around it"): _error(EEXIST, _OVERLAP),
     ("irqs", "unknown flags"): _error(EINVAL, _FLAGS),
     ("irqs", "mask by eventfd"): _error(EINVAL, _EVENTFD),
+    ("migration", "flags"): _data("10000000010001000100000000000000", _NO_STREAM),
+    ("migration", "state"): _data("100000000200010002000000ffffffff", _NO_FD),
     ("migration", "to RESUMING without its data"): _error(EINVAL, _SHORT),
     ("migration", "write data of more than it says"): _error(EINVAL, _LONGER),
     ("migration", "to PRE_COPY while it resumes"): _error(EINVAL, _ARC),
@@ -105,7 +122,15 @@ def table() -> str:
 
 def _said(answer: Answer) -> str:
     number = int(answer.get("errno", 0))
-    return errno.errorcode[number] if number else f"{answer['size']} bytes" if "size" in answer else "taken"
+    if number:
+        return errno.errorcode[number]
+    return (
+        f"`{answer['data']}`"
+        if "data" in answer
+        else f"{answer['size']} bytes"
+        if "size" in answer
+        else "taken"
+    )
 
 
 if __name__ == "__main__":

@@ -115,11 +115,12 @@ def main(
         help=known.replace("%", "%%") or "this type has none",
     )
     arguments = parser.parse_args(argv)
+    if arguments.protocol != VFIO_USER and not arguments.socket:
+        parser.error(f"--protocol {arguments.protocol} without --socket PATH")
     if arguments.protocol == VHOST_USER and vhost_user is not None:
         device_class = vhost_user
-        if arguments.socket:
-            arguments.option.append(f"vhost_user={arguments.socket}")
-            arguments.socket = None
+        arguments.option.append(f"vhost_user={arguments.socket}")
+        arguments.socket = None
     _exit_with(lambda: _serve_device(device_class, arguments), arguments)
 
 

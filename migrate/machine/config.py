@@ -349,8 +349,15 @@ def _protocol(table: _Table, qemu: QemuConfig | None) -> str:
             remedy="use vhost-user-blk or vhost-user-net, or the embedded VMM ([vcpu]); "
             'protocol = "mpqemu" runs, and is not moved either',
         )
-    default = "vhost-user" if table.text("type").startswith("vhost-user-") else "none"
-    return table.choice("protocol", ("vhost-user", "mpqemu", "none"), default)
+    kind = table.text("type")
+    default = "vhost-user" if kind.startswith("vhost-user-") else "none"
+    protocol = table.choice("protocol", ("vhost-user", "mpqemu", "none"), default)
+    if protocol == "vhost-user" != default:
+        raise UsageError(
+            f"{table.where}: no {kind} of a machine is behind vhost-user",
+            remedy='a disk there is type = "vhost-user-blk", a network function "vhost-user-net"',
+        )
+    return protocol
 
 
 def _check_devices(devices: Sequence[DeviceConfig], where: str) -> None:

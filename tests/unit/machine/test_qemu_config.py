@@ -39,6 +39,16 @@ def test_a_machine_of_qemus_has_one_memory_and_drives_what_is_behind_vhost_user(
         ({"command": ["q"], "state": "both"}, {}, "one of: ferry, qemu"),
         ({"command": ["q"]}, {"vcpu": {}}, "both [vcpu] and [qemu]"),
         ({"command": ["q"]}, {"device": [{"id": "u", "type": "rtc", "protocol": "vfio-user"}]}, "vfio-user"),
+        (
+            {"command": ["q"]},
+            {"device": [{"id": "u", "type": "virtio-blk", "protocol": "vhost-user"}]},
+            "vhost-user-blk",
+        ),
+        (
+            {"command": ["q"]},
+            {"device": [{"id": "u", "type": "rtc", "protocol": "mpqmu"}]},
+            "did you mean 'mpqemu'",
+        ),
         ({"qmp": "/q"}, {}, "bus is missing"),
         ({"qmp": "/q", "bus": "b", "images": {"d": 1}}, {}, "images is not a table of paths"),
         ({"qmp": "/q", "bus": "b"}, {"device": [{"id": "u", "type": "rtc"}]}, "has its devices"),
@@ -105,6 +115,15 @@ def test_whoever_says_where_a_disk_is_gets_it_there_and_nowhere_else() -> None:
     words = line(platform("qemu", "-chardev", "socket,id=c,path={socket.disk0}", "-device", "x,addr=5"))
     assert "socket,id=c,path=/m/d0,,1.sock" in words
     assert not any("ferry-disk0" in word for word in words)
+
+
+def test_a_proxied_device_gets_a_connection_that_qemu_inherits() -> None:
+    found = Platform(
+        ("qemu",), "", "b", "ferry", (DeviceEntry("port0", "uart16550", "/m/d0.sock", {}, "mpqemu"),)
+    )
+    words = build(found, HERE, HERE / "qmp.sock", (9, 1 << 27), incoming=False, proxies={"port0": 12})
+    assert "x-pci-proxy-dev,id=port0,fd=12" in words
+    assert not any("vhost-user" in word for word in words)
 
 
 @pytest.mark.parametrize("word", ["-S", "-incoming", "-qmp", "-monitor", "-daemonize"])

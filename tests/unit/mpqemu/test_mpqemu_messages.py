@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -278,6 +280,33 @@ def test_a_device_that_is_no_pci_function_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="no PCI function"):
         MpqemuBackend(Plain("plain0"), Runtime(Plain("plain0")))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("display", "--socket", "SOCKET", "--protocol", "mpqemu"), "no PCI function"),
+        (("rtc", "--protocol", "mpqemu"), "without --socket"),
+        (("virtio_blk", "--protocol", "vhost-user", "--option", "image=x"), "without --socket"),
+        (("rtc", "--socket", "SOCKET", "--protocol", "mpqemu", "--migration", "vfio-user"), "over vfio-user only"),
+        (("uart16550", "--socket", "SOCKET", "--protocol", "vhost-user"), "invalid choice"),
+    ],
+)  # fmt: skip
+def test_a_process_that_cannot_speak_so_says_why(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
+    module, *rest = (word.replace("SOCKET", f"{tmp_path}/s") for word in words)
+    command = [
+        sys.executable,
+        "-m",
+        f"devices.{module}",
+        "--id",
+        "dev0",
+        "--bus",
+        "unix:path=/nowhere",
+        *rest,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert why in done.stderr.splitlines()[-1]
 
 
 def test_such_a_device_says_that_it_cannot_be_moved() -> None:

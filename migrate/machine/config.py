@@ -29,8 +29,8 @@ MAX_DEVICES: Final = 40
 MAX_MEMORY: Final = WINDOW_BASE
 MAX_QEMU_MEMORY: Final = 16 << 40
 VCPU_ID: Final = "vcpu0"
-#: The type of devices whose server speaks vfio-user only, behind devices.bridges.vfio_user.
-BRIDGED: Final = "vfio-user"
+#: The types of devices behind devices.bridges.vfio_user and .xremote: what they are is said by their model.
+BRIDGED: Final = frozenset({"vfio-user", "x-remote"})
 TRACKERS: Final = ("scan", "log", "compare")
 
 
@@ -57,8 +57,8 @@ class DeviceConfig:
 
     @property
     def seen_as(self) -> str:
-        """What the guest is told that it is: of a server behind a bridge, its model."""
-        return self.options.get("model", self.type) if self.type == BRIDGED else self.type
+        """What the guest is told that it is: of what is behind a bridge, its model."""
+        return self.options.get("model", self.type) if self.type in BRIDGED else self.type
 
 
 @dataclass(frozen=True, slots=True)

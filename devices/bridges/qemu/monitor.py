@@ -123,6 +123,26 @@ class Monitor:
                 f"QEMU's monitor was lost at {command}: {error}", device=self.device, remedy="see QEMU's log"
             ) from None
 
+    def give(self, name: str, fd: int, *, phase: Phase = Phase.RUNNING) -> None:
+        """Pass QEMU a descriptor, which it calls `name` until it takes it (`fd:NAME`). Ours stays open.
+
+        :raise DeviceRefused, DeviceTimeout, DeviceGone: as `execute`.
+        """
+        try:
+            self._run(self._give(name, fd), ANSWER_SECONDS, "getfd")
+        except FerryError as error:
+            error.phase = str(phase)
+            raise
+
+    async def _give(self, name: str, fd: int) -> None:
+        try:
+            self._qmp.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise DeviceGone(
+                f"QEMU's monitor was lost at getfd: {error}", device=self.device, remedy="see QEMU's log"
+            ) from None
+        await self._execute("getfd", {"fdname": name})
+
     def _run(self, work: Any, seconds: float, what: str) -> Any:
         future: concurrent.futures.Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:

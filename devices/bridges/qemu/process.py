@@ -30,8 +30,11 @@ class Process:
         log_path: Path,
         fds: Sequence[int],
         on_end: Callable[[], None],
+        *,
+        remedy: str = "see [qemu] command",
     ) -> None:
         """:param fds: descriptors that it inherits. :param on_end: it ended and nobody asked it to; on a thread of its own.
+        :param remedy: where its command is written.
 
         :raise DeviceGone: it cannot be started.
         """
@@ -54,7 +57,7 @@ class Process:
                 f"QEMU cannot be started: {error}",
                 device=device,
                 phase=Phase.SETUP,
-                remedy="see [qemu] command",
+                remedy=remedy,
             ) from None
         finally:
             os.close(fd)
@@ -77,6 +80,11 @@ class Process:
     @property
     def status(self) -> int | None:
         return self._child.poll()
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended, so long at most."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(seconds)
 
     def last_words(self) -> str:
         """The last line that this QEMU wrote of itself, else the last at all; at most 300 characters, "" if none."""

@@ -9,17 +9,17 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from devices.bridges.models import command_of, parse_models, parse_options
 from devices.bridges.vfio_user.bridge import Bridge
 from devices.bridges.vfio_user.passing import Passing
-from devices.bridges.vfio_user.server import ServerProcess, command_of, parse_models
+from devices.bridges.vfio_user.server import ServerProcess
 from devices.bridges.vfio_user.upstream import Upstream
 from devices.kit import argument_parser, run
 from devices.protocols.vfio_user.server import Server
-from migrate.errors import FerryError, UsageError
+from migrate.errors import FerryError
 
 
 def main() -> NoReturn:
@@ -44,7 +44,7 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     process: ServerProcess | None = None
     try:
-        options = _options(arguments.option)
+        options = parse_options(arguments.option)
         socket = options.pop("server", "")
         if not socket:
             process = _start(arguments, options)
@@ -77,21 +77,8 @@ def _start(arguments: argparse.Namespace, options: dict[str, str]) -> ServerProc
         "start": "incoming" if arguments.incoming else "paused" if arguments.paused else "running",
         "directory": str(Path(arguments.socket).absolute().parent),
     }
-    command = command_of(parse_models(arguments.serve), options, ours)
+    command = command_of(parse_models(arguments.serve), options, ours, "vfio-user")
     return ServerProcess(arguments.id, command, ours["socket"])
-
-
-def _options(pairs: Sequence[str]) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key or key in options:
-            raise UsageError(
-                f"--option {pair}: {'given twice' if key in options else 'no KEY=VALUE'}",
-                remedy="write --option KEY=VALUE, each key once",
-            )
-        options[key] = value
-    return options
 
 
 def _end_with_it(device: str, process: ServerProcess | None) -> None:

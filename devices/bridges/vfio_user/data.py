@@ -1,31 +1,22 @@
 """A server's MIG_DATA as streamed state: whatever its size, byte for byte, while the machine runs where the server can.
 
 Nothing here knows what the bytes mean. A session is the server's own (PRE_COPY and STOP_COPY, or STOP_COPY alone); it has come to
-its end when the server, stopped, answers a read with nothing. A chunk, integers little-endian:
-
-| offset | bytes | what                                                                     |
-|--------|-------|--------------------------------------------------------------------------|
-| 0      | 8     | magic: "VMFMIGD1"                                                        |
-| 8      | 4     | number of the chunk in its session; 0 begins one: nothing came before it |
-| 12     | 4     | 1: the last one; else 0                                                  |
-| 16     | rest  | data                                                                     |
+its end when the server, stopped, answers a read with nothing. Chunks are migrate.state.chunks'.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
 from typing import Final
 
 from devices.bridges.vfio_user.upstream import Upstream
 from devices.protocols.vfio_user.client import RequestRefused
 from devices.protocols.vfio_user.feature_messages import MigrationFlags
 from migrate.errors import DeviceRefused, Phase
+from migrate.state import chunks
 from migrate.state.lifecycle import DeviceState
 
 _S = DeviceState
-_MAGIC: Final = b"VMFMIGD1"
-_HEAD: Final = struct.Struct("<8sII")
 #: Most bytes of data in a chunk: some calls of a MiB, so that reading or writing one keeps every deadline.
 _MOST: Final = 4 << 20
 
@@ -75,12 +66,12 @@ class MigData:
 
     def read_chunk(self, max_bytes: int) -> tuple[bytes, int]:
         """Some of the data (empty: none now), and an estimate of what is left: never 0 before the end of a stopped device."""
-        if not self._open or max_bytes <= _HEAD.size:
+        if not self._open or max_bytes <= chunks.OVERHEAD:
             raise self._refused("no data can be read now", Phase.SAVE)
         if self.ended or not (self._stopped or self._upstream.flags & MigrationFlags.PRE_COPY):
             return b"", 0
         data = bytearray()
-        most = min(max_bytes - _HEAD.size, _MOST)
+        most = min(max_bytes - chunks.OVERHEAD, _MOST)
         dry = False
         while len(data) < most and not dry:
             try:
@@ -94,7 +85,7 @@ class MigData:
         if not data and not self.ended:
             return b"", 0
         self._digest.update(data)
-        chunk = _HEAD.pack(_MAGIC, self._number, self.ended) + data
+        chunk = chunks.pack(self._number, data, last=self.ended)
         self._number += 1
         return chunk, 0 if dry else self._left()
 
@@ -116,25 +107,24 @@ class MigData:
 
     def write_chunk(self, chunk: bytes) -> None:
         """:raise DeviceRefused: it is no such chunk, one before it is missing, or the server does not take it."""
-        magic, number, last = _HEAD.unpack_from(chunk) if len(chunk) >= _HEAD.size else (b"", 0, 0)
-        if magic != _MAGIC or last > 1 or number not in (0, self._number):
+        found = chunks.unpack(chunk)
+        if found is None or found.number not in (0, self._number):
             raise self._refused(
-                f"{len(chunk)} bytes, number {number} where {self._number} is next, are no chunk of its data",
+                f"{len(chunk)} bytes, where number {self._number} is next, are no chunk of its data",
                 Phase.LOAD,
             )
-        if number == 0 and self._number:
+        if found.number == 0 and self._number:
             # The device was reset on its way out: what came of it before means nothing.
             self._upstream.power_on()
             self.clear()
         elif self.ended:
             raise self._refused("data came after its end", Phase.LOAD)
-        data = memoryview(chunk)[_HEAD.size :]
         try:
-            self._upstream.migration.write(data)
+            self._upstream.migration.write(found.data)
         except RequestRefused as error:
             raise self._refused(f"it does not take the state sent: {error.reason}", Phase.LOAD) from error
-        self._digest.update(data)
-        self._number, self.ended = number + 1, bool(last)
+        self._digest.update(found.data)
+        self._number, self.ended = found.number + 1, found.last
 
     def digests(self) -> bytes:
         """SHA-256 of all that was read, or written: the same bytes went in that came out. What the server made of them, nobody

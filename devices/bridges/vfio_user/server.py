@@ -1,73 +1,17 @@
-"""The process of a server, where the bridge starts it: its command by model, its end told. It dies with us.
-
-Which servers there are on a host, and how each is started, is said by whoever keeps that host (`--serve MODEL=COMMAND`, in
-host.toml); a machine that arrives names a model, and its options fill the command's braces, one word at most each.
-"""
+"""The process of a server, where the bridge starts it (devices.bridges.models has its command): its end told. It dies with us."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
-import re
-import shlex
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-from migrate.errors import DeviceGone, Phase, UsageError
+from migrate.errors import DeviceGone, Phase
 
-_BRACES: Final = re.compile(r"\{([A-Za-z0-9_.-]*)\}")
 _END_SECONDS: Final = 2.0
-
-
-def parse_models(pairs: Sequence[str]) -> dict[str, list[str]]:
-    """`MODEL=COMMAND`, the command in words as a shell parts them. :raise UsageError: it is no such thing, or twice there."""
-    models: dict[str, list[str]] = {}
-    for pair in pairs:
-        model, equals, command = pair.partition("=")
-        try:
-            words = shlex.split(command)
-        except ValueError as error:
-            raise UsageError(f"--serve {pair}: {error}", remedy="mend its quotes") from None
-        if not model or not equals or not words or model in models:
-            raise UsageError(
-                f"--serve {pair}: {'a model twice' if model in models else 'no MODEL=COMMAND'}",
-                remedy="write --serve 'MODEL=program word {socket}', once for each model",
-            )
-        models[model] = words
-    return models
-
-
-def command_of(
-    models: Mapping[str, Sequence[str]], options: Mapping[str, str], ours: Mapping[str, str]
-) -> list[str]:
-    """The command of the model that the options name, filled in.
-
-    :param ours: what a command may have besides the options: socket, id, directory, start.
-    :raise UsageError: this host has no such model, or the command and the options do not fit together.
-    """
-    model = options.get("model", "")
-    if model not in models:
-        near = difflib.get_close_matches(model, models, 1, 0.5)
-        raise UsageError(
-            f"this host has no vfio-user server for model {model!r}"
-            + (f" (did you mean {near[0]!r}?)" if near else f": it has {', '.join(models) or 'none'}"),
-            remedy="add --serve MODEL=COMMAND to command under [device.vfio-user] in its host.toml, or name `server`",
-            phase=Phase.SETUP,
-        )
-    known = {**options, **ours}
-    used = {name for word in models[model] for name in _BRACES.findall(word)}
-    wrong = sorted(used - known.keys()) or sorted(options.keys() - used - {"model"})
-    if wrong:
-        raise UsageError(
-            f"the command of model {model!r} {'has' if wrong[0] in used else 'does not have'} {{{wrong[0]}}}, "
-            f"and the machine gives {', '.join(sorted(options))}",
-            remedy=f"besides options a command may have {', '.join(f'{{{name}}}' for name in ours)}",
-            phase=Phase.SETUP,
-        )
-    return [_BRACES.sub(lambda found: known[found[1]], word) for word in models[model]]
 
 
 class ServerProcess:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from devices.bridges.vfio_user.server import ServerProcess, command_of, parse_models
+from devices.bridges.models import command_of, parse_models
+from devices.bridges.vfio_user.server import ServerProcess
 from migrate.errors import UsageError
 
 OURS = {"socket": "/run/d0.sock.s", "id": "nic0", "directory": "/run", "start": "incoming"}
@@ -12,14 +13,14 @@ OURS = {"socket": "/run/d0.sock.s", "id": "nic0", "directory": "/run", "start": 
 
 def test_a_command_is_filled_in_by_options_and_by_what_the_bridge_knows() -> None:
     models = parse_models(["nvme=/opt/nvme --socket {socket} --{start} -q '{queues} of {id}'", "other=x"])
-    assert command_of(models, {"model": "nvme", "queues": "4"}, OURS) == [
+    assert command_of(models, {"model": "nvme", "queues": "4"}, OURS, "vfio-user") == [
         "/opt/nvme", "--socket", "/run/d0.sock.s", "--incoming", "-q", "4 of nic0",
     ]  # fmt: skip
 
 
 def test_an_option_of_the_peers_stays_within_its_word_and_is_not_filled_in_again() -> None:
     models = parse_models(["nvme=/opt/nvme {queues}"])
-    assert command_of(models, {"model": "nvme", "queues": "1 --evil {socket}"}, OURS) == [
+    assert command_of(models, {"model": "nvme", "queues": "1 --evil {socket}"}, OURS, "vfio-user") == [
         "/opt/nvme",
         "1 --evil {socket}",
     ]
@@ -36,7 +37,7 @@ def test_an_option_of_the_peers_stays_within_its_word_and_is_not_filled_in_again
 )
 def test_what_does_not_fit_the_command_is_refused(options: dict[str, str], why: str) -> None:
     with pytest.raises(UsageError, match=why):
-        command_of(parse_models(["nvme=/opt/nvme {queues}"]), options, OURS)
+        command_of(parse_models(["nvme=/opt/nvme {queues}"]), options, OURS, "vfio-user")
 
 
 @pytest.mark.parametrize("pair", ["nvme", "=x", "nvme=", "nvme='x", "nvme=a"])

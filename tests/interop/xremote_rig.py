@@ -1,0 +1,101 @@
+"""A bridge to an x-remote QEMU in this process, and the VMM's client before it, with the controller driven through both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from devices.bridges.models import command_of
+from devices.bridges.xremote.bridge import Bridge
+from devices.bridges.xremote.command import BUILT_IN
+from devices.bridges.xremote.front import Front
+from devices.bridges.xremote.remote import Remote
+from devices.kit.runtime import Runtime
+from devices.protocols.vfio_user.client import Client
+from devices.protocols.vfio_user.server import Server
+from devices.virtio.backing import Image
+from migrate.memory.memfd import create_memfd
+from tests.interop.scripts import Controller
+
+SIZE = 64 << 20
+CONFIG = 7
+NAME = "scsi0"
+
+
+class Bridged:
+    def __init__(
+        self, directory: Path, image: Path, *, incoming: bool = False, model: str = "lsi53c895a"
+    ) -> None:
+        directory.mkdir()
+        self.ends: list[str] = []
+        options = {"model": model, "image": str(image)}
+        words = command_of(BUILT_IN, options, {"id": NAME}, "x-remote")
+        self.remote = Remote(NAME, words, str(directory / "qmp"), directory / "qemu.log", self.ends.append)
+        self.bridge = Bridge(NAME, self.remote, model, Image(str(image), read_only=False), incoming=incoming)
+        self.runtime = Runtime(self.bridge, tracker="compare")
+        self._server = Server(str(directory / "vmm"), Front(self.bridge))
+        self._server.start()
+        self.vmm = Client.connect(str(directory / "vmm"), device=NAME)
+        self.memory = create_memfd("guest", SIZE)
+        self.runtime.attach_memory(0, SIZE, os.dup(self.memory), 0)
+        self.vmm.dma_map(0, SIZE, self.memory)
+        self.interrupt = os.eventfd(0, os.EFD_NONBLOCK)
+        self.vmm.set_irq_eventfd(0, self.interrupt, 0)
+        self.controller = Controller(self, self.memory)
+        if incoming:
+            self.go("RESUMING")
+
+    def read(self, offset: int) -> int:
+        return self.vmm.region_read(0, offset, 1)
+
+    def write(self, offset: int, value: int) -> None:
+        self.vmm.region_write(0, offset, 1, value)
+
+    def go(self, state: str) -> None:
+        self.runtime.set_state(state)
+
+    def power_on(self) -> None:
+        """As a machine does, and its firmware."""
+        self.go("RUNNING")
+        self.vmm.region_write(CONFIG, 0x04, 2, 0x0007)
+        self.controller.open()
+
+    def interrupted(self) -> bool:
+        try:
+            os.eventfd_read(self.interrupt)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self.vmm.close()
+        self._server.close()
+        self.bridge.close()
+        self.bridge.memory.attached.close()
+        for fd in (self.memory, self.interrupt):
+            os.close(fd)
+
+
+def move(source: Bridged, destination: Bridged) -> int:
+    """As the coordinators do it; bytes of the stream. Guest memory goes along."""
+    source.go("PRE_COPY")
+    destination.runtime.check_incoming(source.runtime.save_as(1))
+    source.go("STOP_COPY")
+    size = carry(source, destination)
+    for at in range(0, SIZE, 1 << 20):
+        os.pwrite(destination.memory, os.pread(source.memory, 1 << 20, at), at)
+    destination.runtime.stage(source.runtime.save_as(1))
+    destination.runtime.apply()
+    destination.go("STOP")
+    return size
+
+
+def carry(source: Bridged, destination: Bridged, most: int = 16 << 20) -> int:
+    streamed, size = source.bridge.streamed, 0
+    assert streamed is not None
+    while True:
+        chunk, left = streamed.read_chunk(most)
+        destination.runtime.take_chunk(chunk)
+        size += len(chunk)
+        if not left:
+            return size

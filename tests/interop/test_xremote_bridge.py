@@ -21,7 +21,7 @@ from migrate.state import blob, catalog, chunks
 from tests.faults.rig import eventually
 from tests.interop.qemu_world import QEMU
 from tests.interop.scripts import CONNECTED, DATA, DSTAT, SCNTL1, read
-from tests.interop.xremote_rig import CONFIG, NAME, SIZE, Bridged, move
+from tests.interop.xremote_rig import CONFIG, MODELS, NAME, SIZE, Bridged, move
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed"),
@@ -279,6 +279,46 @@ def test_a_qemu_that_does_not_tell_what_is_under_way_is_not_moved(make: Make) ->
     assert bridged.bridge.state == "RUNNING"
 
 
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"lsi53c895a", "nvme"}))
+def test_other_functions_of_qemus_move_as_well(make: Make, model: str) -> None:
+    here, there = make(model=model), make(model=model, incoming=True)
+    assert here.bridge.obstacle() == ""
+    here.go("RUNNING")
+    here.vmm.region_write(CONFIG, 0x04, 2, 0x0007)
+    here.vmm.region_write(CONFIG, 0x3C, 1, 0x2A)
+    move(here, there)
+    here.runtime.release_locks()
+    there.go("RUNNING")
+    assert there.vmm.region_read(CONFIG, 0x3C, 1) == 0x2A
+    assert there.vmm.read_bytes(CONFIG, 0, 64) == _as_it_was(here)
+
+
+def _as_it_was(here: Bridged) -> bytes:
+    here.go("RUNNING")
+    return here.vmm.read_bytes(CONFIG, 0, 64)
+
+
+def test_a_device_that_qemu_does_not_save_says_so_before_anything_is_stopped(make: Make) -> None:
+    bridged = make(model="nvme")
+    assert bridged.bridge.obstacle() == (
+        "QEMU refuses migrate: State blocked by non-migratable device '0000:00:00.0/nvme'"
+    )
+    bridged.go("RUNNING")
+    assert bridged.vmm.region_read(CONFIG, 0x00, 4) == 0x0010_1B36
+
+
+def test_one_that_has_never_run_is_moved_as_it_is_after_power_on(make: Make) -> None:
+    here, there = make(), make(incoming=True)
+    here.go("STOP_COPY")
+    for chunk in _chunks(here):
+        there.runtime.take_chunk(chunk)
+    there.runtime.stage(here.runtime.save_as(1))
+    there.runtime.apply()
+    there.go("STOP")
+    there.power_on()
+    assert sectors(there.controller.read(9, 1)) == [9]
+
+
 # -- moves -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -364,15 +404,19 @@ def test_what_was_read_and_what_was_written_have_one_fingerprint(make: Make) -> 
 # -- what is wrong ---------------------------------------------------------------------------------------------------------------
 
 
-def _sent(here: Bridged) -> tuple[list[bytes], bytes]:
-    here.go("PRE_COPY")
-    here.go("STOP_COPY")
+def _chunks(here: Bridged) -> list[bytes]:
     assert here.bridge.streamed is not None
     sent, left = [], 1
     while left:
         chunk, left = here.bridge.streamed.read_chunk(4096)
         sent.append(chunk)
-    return sent, here.runtime.save_as(1)
+    return sent
+
+
+def _sent(here: Bridged) -> tuple[list[bytes], bytes]:
+    here.go("PRE_COPY")
+    here.go("STOP_COPY")
+    return _chunks(here), here.runtime.save_as(1)
 
 
 def _changed(data: bytes, **values: object) -> bytes:

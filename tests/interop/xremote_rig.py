@@ -15,10 +15,26 @@ from devices.protocols.vfio_user.client import Client
 from devices.protocols.vfio_user.server import Server
 from devices.virtio.backing import Image
 from migrate.memory.memfd import create_memfd
+from tests.interop.qemu_world import QEMU
 from tests.interop.scripts import Controller
 
 SIZE = 64 << 20
 CONFIG = 7
+#: Besides the built-in one, other functions of QEMU's that have an INTx.
+MODELS = {
+    **BUILT_IN,
+    **{
+        name: (QEMU, "-device", f"{name},id={{id}}")
+        for name in ("e1000", "virtio-scsi-pci", "mptsas1068", "rtl8139", "pci-serial", "secondary-vga")
+    },
+    "nvme": (
+        QEMU,
+        "-drive",
+        "file={image},id=n,if=none,format=raw",
+        "-device",
+        "nvme,id={id},drive=n,serial=1",
+    ),
+}
 NAME = "scsi0"
 
 
@@ -28,10 +44,11 @@ class Bridged:
     ) -> None:
         directory.mkdir()
         self.ends: list[str] = []
-        options = {"model": model, "image": str(image)}
-        words = command_of(BUILT_IN, options, {"id": NAME}, "x-remote")
+        options = {"model": model, **({"image": str(image)} if "{image}" in " ".join(MODELS[model]) else {})}
+        words = command_of(MODELS, options, {"id": NAME}, "x-remote")
         self.remote = Remote(NAME, words, str(directory / "qmp"), directory / "qemu.log", self.ends.append)
-        self.bridge = Bridge(NAME, self.remote, model, Image(str(image), read_only=False), incoming=incoming)
+        locked = Image(str(image), read_only=False) if "image" in options else None
+        self.bridge = Bridge(NAME, self.remote, model, locked, incoming=incoming)
         self.runtime = Runtime(self.bridge, tracker="compare")
         self._server = Server(str(directory / "vmm"), Front(self.bridge))
         self._server.start()

@@ -59,8 +59,19 @@ class Bridge(Participant):
         self._stream = QemuStream(remote)
         self._stream.stopped = True
         self.streamed = self._stream
+        self._unsaved = "" if incoming else self._try_to_save()
+
+    def _try_to_save(self) -> str:
+        """Why QEMU does not save this device; "" if it does. It says so only when it is told to."""
+        try:
+            self._stream.write_down()
+        except DeviceRefused as error:
+            return error.reason
+        return ""
 
     def obstacle(self) -> str:
+        if self._unsaved:
+            return self._unsaved
         if not self.remote.traced:
             return "its QEMU does not tell which SCSI requests are under way (it has no trace), so it may lose one"
         if self.memory.has_private_windows:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 from migrate import __version__
@@ -21,6 +19,7 @@ from migrate.coordinator import disks, doubt, preflight, qemu_out
 from migrate.coordinator.convergence import Convergence
 from migrate.coordinator.dialling import Dialler
 from migrate.coordinator.hold import Hold
+from migrate.coordinator.kept import Kept
 from migrate.coordinator.limits import OnStall, RateLimit
 from migrate.coordinator.link import Link, PeerRejected
 from migrate.coordinator.outcome import Downtime, Emit, Outcome, slowest, wire_reasons
@@ -74,6 +73,7 @@ class SourceMigration:
         self._parts: Participants | None = None
         self._link: Link | None = None
         self._blobs: dict[str, bytes] = {}
+        self._kept = Kept(spec.keep, emit)
         self._begun = False
         self._committing = False
         self._epoch = 0
@@ -130,7 +130,7 @@ class SourceMigration:
             except FerryError as error:
                 self._task = None  # a second word to cancel changes nothing: it is being taken back
                 await _to_its_end(self._give_up(self._guest_ended or error))
-        self._keep()
+        self._kept.blobs(self._blobs)
         return self.outcome
 
     async def _migrate(self, stack: AsyncExitStack) -> None:
@@ -220,6 +220,7 @@ class SourceMigration:
             self.outcome,
             self.emit,
             self.hold,
+            self._kept,
             sender,
             dirty,
         )
@@ -241,7 +242,7 @@ class SourceMigration:
         await link.send(m.Start(count, ()))
         transfer = QemuTransfer(
             parts, link, memory, agreed.versions, self.policy, self.outcome, self.emit, self.hold,
-            qemu, facts, self.limit, multifd,
+            self._kept, qemu, facts, self.limit, multifd,
         )  # fmt: skip
         transfer.open(stack, await self._dialler.pages(count, agreed.token, link))
         await link.expect(m.Started, timeout=JOIN_SECONDS)
@@ -460,20 +461,6 @@ class SourceMigration:
                 Reason(device, str(Phase.STOP), why, "`ferry resume` it, or see its logs")
             )
             self.outcome.running_on = "neither"
-
-    def _keep(self) -> None:
-        """Leave what was saved after the stop, however it ended. A disk that is full is no reason to lose the outcome."""
-        if not self.spec.keep:
-            return
-        directory = Path(self.spec.keep)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for device, blob in self._blobs.items():
-                (directory / f"{os.path.basename(device)}.blob").write_bytes(blob)
-        except OSError as error:
-            self.emit(
-                {"event": "warning", "warning": f"the blobs cannot be kept in {directory}: {error.strerror}"}
-            )
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:

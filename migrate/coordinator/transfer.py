@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from migrate.coordinator.convergence import Convergence, Decision, Verdict
 from migrate.coordinator.hold import Hold
+from migrate.coordinator.kept import Kept
 from migrate.coordinator.link import Link, PeerRejected
 from migrate.coordinator.outcome import Emit, Outcome, RoundStats
 from migrate.coordinator.pages_out import PageSender, Sent
@@ -40,6 +41,7 @@ class Transfer(ABC):
     outcome: Outcome
     emit: Emit
     hold: Hold
+    kept: Kept
 
     @abstractmethod
     async def precopy(self) -> None:
@@ -95,6 +97,7 @@ class Transfer(ABC):
         size = 0
         async for device, data in self.parts.chunks(left, phase=phase):
             await self.link.send(m.Chunk(device, data))
+            self.kept.chunk(device, data)
             size += len(data)
         return size
 

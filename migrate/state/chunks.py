@@ -23,8 +23,9 @@ MAGIC: Final = b"VMFMIGD1"
 KEPT: Final = b"VMFKEPT1"
 _HEAD: Final = struct.Struct("<8sII")
 _SIZE: Final = struct.Struct("<I")
-#: Bytes that a chunk has beside its data.
+#: Bytes that a chunk has beside its data, and beside itself where it is kept.
 OVERHEAD: Final = _HEAD.size
+KEPT_OVERHEAD: Final = _SIZE.size
 
 
 class Chunk(NamedTuple):

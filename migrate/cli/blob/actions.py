@@ -31,13 +31,29 @@ def act(args: argparse.Namespace) -> int:
 
 
 def _of_stream(found: Given, output: Output) -> bool:
-    """What a migration stream of QEMU has beside blobs. True: it could not be read to its end."""
-    if found.stream is None:
-        return False
-    output.event(drawing.stream_as_object(found.stream))
-    for line in drawing.stream(found.stream):
-        output.data(line)
-    return found.stream.complaint is not None
+    """What a migration stream of QEMU has beside blobs, and what devices streamed. True: some could not be read to its end."""
+    broken = False
+    for kept in found.streamed:
+        output.event(
+            {
+                "event": "streamed",
+                "name": kept.name,
+                "chunks": kept.count,
+                "bytes": kept.size,
+                "complaint": kept.complaint or None,
+            }
+        )
+        output.data(f"{kept.name}: streamed state, {kept.count} chunks, {kept.size} bytes")
+        if kept.complaint:
+            output.data(f"  {kept.complaint}")
+        broken |= bool(kept.complaint)
+    for stream in (found.stream, *(kept.stream for kept in found.streamed)):
+        if stream is not None:
+            output.event(drawing.stream_as_object(stream))
+            for line in drawing.stream(stream):
+                output.data(line)
+            broken |= stream.complaint is not None
+    return broken
 
 
 def _opaque(item: Item, output: Output) -> bool:

@@ -1,4 +1,7 @@
-"""What a person named, and the blobs that are in it: one, those of a directory, or those in a migration stream of QEMU."""
+"""What a person named, and the blobs that are in it: one, those of a directory, or those in a migration stream of QEMU.
+
+Beside blobs there is what devices streamed (`--keep`, *.chunks). Of a QEMU of the type x-remote that is a migration stream, too.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import BinaryIO, Final
 from migrate.errors import UsageError
 from migrate.qemu.stream import MAGIC as QEMU_MAGIC
 from migrate.qemu.stream import StreamSummary, is_stream, read
+from migrate.state import chunks
 from migrate.state.blob import MAGIC, MAX_BLOB
 
 #: What is taken of a stream on standard input; it is kept in a file while it is read.
@@ -37,21 +41,34 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Streamed:
+    """What a device streamed, and was kept."""
+
+    name: str
+    count: int  #: of its chunks
+    size: int  #: bytes, of all that is its own
+    stream: StreamSummary | None = None  #: where it is a QEMU's
+    complaint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Given:
     items: Sequence[Item]
     stream: StreamSummary | None = None  #: where they were found in a migration stream of QEMU
+    streamed: Sequence[Streamed] = ()
 
 
 def given(what: str, wanted: str = "") -> Given:
     """:param wanted: only the device of this Id. :raise UsageError: there is nothing."""
     found = _found(what)
     chosen = [item for item in found.items if not wanted or wanted in (item.helper, _instance(item.data))]
-    if not chosen and (wanted or found.stream is None):
+    streamed = [one for one in found.streamed if not wanted or Path(one.name).stem == wanted]
+    if not chosen and not streamed and (wanted or found.stream is None):
         raise UsageError(
             f"{what} has no blob" + (f" of a device {wanted!r}" if wanted else ""),
             remedy="name a blob, or a directory that has *.blob files in it",
         )
-    return Given(chosen, found.stream)
+    return Given(chosen, found.stream, streamed)
 
 
 def one(what: str, wanted: str = "") -> Item:
@@ -71,8 +88,12 @@ def _found(what: str) -> Given:
     path = Path(what)
     try:
         if path.is_dir():
-            return Given([Item(str(entry), _file(entry)) for entry in sorted(path.glob("*.blob"))])
+            blobs = [Item(str(entry), _file(entry)) for entry in sorted(path.glob("*.blob"))]
+            streamed = [_streamed(str(entry), _file(entry)) for entry in sorted(path.glob("*.chunks"))]
+            return Given(blobs, streamed=streamed)
         data = _file(path)
+        if bytes(data[: len(chunks.KEPT)]) == chunks.KEPT:
+            return Given([], streamed=[_streamed(what, data)])
         if not is_stream(bytes(data[: len(QEMU_MAGIC)])):
             return Given([Item(what, data)])
         with path.open("rb") as file:
@@ -87,6 +108,31 @@ def _stream(name: str, file: BinaryIO) -> Given:
     summary = read(file)
     helpers = [Item(f"{name}, byte {one.offset}", memoryview(one.data), one.id) for one in summary.helpers]
     return Given(helpers, summary)
+
+
+def _streamed(name: str, data: memoryview) -> Streamed:
+    """Chunks as they were kept. What a bridge knows nothing of is put together again, for it may be a QEMU's stream."""
+    count, size, at = 0, 0, len(chunks.KEPT)
+    whole: BinaryIO | None = None
+    with tempfile.TemporaryFile() as file:
+        for number, chunk in enumerate(chunks.kept(data)):
+            count, at = count + 1, at + chunks.KEPT_OVERHEAD + len(chunk)
+            opaque = chunks.unpack(chunk)
+            size += len(chunk if opaque is None else opaque.data)
+            if opaque is not None:
+                whole = file
+                if opaque.number == 0 and number:  # the device was reset on its way
+                    file.truncate(0)
+                    file.seek(0)
+                file.write(opaque.data)
+        complaint = (
+            "" if at == len(data) else f"cut off at byte {at}: {len(data) - at} bytes are no whole chunk"
+        )
+        if whole is None:
+            return Streamed(name, count, size, complaint=complaint)
+        whole.seek(0)
+        head = whole.read(len(QEMU_MAGIC))
+        return Streamed(name, count, size, read(whole) if is_stream(head) else None, complaint)
 
 
 def _file(path: Path) -> memoryview:

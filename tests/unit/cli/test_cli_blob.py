@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from migrate.cli.main import main
-from migrate.state import blob, catalog
+from migrate.state import blob, catalog, chunks
 from migrate.state.blob import Blob
 from tests.fuzz.mutate import inputs
 
@@ -255,3 +256,55 @@ def test_a_blob_of_very_many_values_or_bytes_is_shown_and_dumped_without_being_h
             tracemalloc.stop()
             monkeypatch.undo()
         assert peak < 2 << 20, action
+
+
+# -- what devices streamed -------------------------------------------------------------------------------------------------------
+
+
+def kept(path: Path, data: bytes, size: int = 5000) -> Path:
+    """A file as `--keep` leaves it, of a bridge that knows nothing of its data."""
+    parts = [data[at : at + size] for at in range(0, len(data), size)]
+    packed = [chunks.pack(number, part, last=False) for number, part in enumerate(parts)]
+    path.write_bytes(chunks.KEPT + b"".join(map(chunks.keep, packed)))
+    return path
+
+
+def test_streamed_state_of_a_qemu_is_shown_by_its_sections(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    stream = gzip.decompress((GOLDEN.parent / "data" / "qemu-7.2.stream.gz").read_bytes())
+    (tmp_path / "scsi0.blob").write_bytes((GOLDEN / "x-remote-v1.blob").read_bytes())
+    kept(tmp_path / "scsi0.chunks", stream)
+    code, out, _ = ferry(capsys, "show", tmp_path)
+    assert code == 0
+    assert f"scsi0.chunks: streamed state, {-(-len(stream) // 5000)} chunks, {len(stream)} bytes" in out
+    assert "a migration stream of QEMU" in out
+    assert "full dbus-vmstate/dbus-vmstate" in out
+    assert "x-remote 'x-remote0', schema version 1" in out
+    _, out, _ = ferry(capsys, "show", tmp_path / "scsi0.chunks", "--json")
+    streamed, found, outcome = objects(out)
+    assert (streamed["bytes"], found["event"], outcome["exit_code"]) == (len(stream), "stream", 0)
+
+
+def test_streamed_state_that_is_cut_off_or_nobodys_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = kept(tmp_path / "disk0.chunks", bytes(12_000))
+    code, out, _ = ferry(capsys, "show", path)
+    assert (code, "3 chunks, 12000 bytes" in out, "QEMU" in out) == (0, True, False)
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, _ = ferry(capsys, "show", path)
+    assert code == 1
+    assert "2 chunks, 10000 bytes" in out
+    assert "cut off at byte 10048: 2019 bytes are no whole chunk" in out
+
+
+def test_a_device_that_was_reset_on_its_way_has_what_came_after(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    stream = gzip.decompress((GOLDEN.parent / "data" / "qemu-7.2.stream.gz").read_bytes())
+    path = kept(tmp_path / "scsi0.chunks", stream)
+    again = path.read_bytes()
+    path.write_bytes(again[: len(chunks.KEPT) + 5020] + again[len(chunks.KEPT) :])
+    code, out, _ = ferry(capsys, "show", path)
+    assert (code, "full dbus-vmstate/dbus-vmstate" in out) == (0, True)

@@ -21,7 +21,7 @@ from migrate.memory.mapping import Region
 
 #: Of a device's regions the guest sees this one, which is BAR 0 of a PCI function, and of such a one also its configuration.
 _REGION, _CONFIG = 0, 7
-#: Where interrupts are: index 0, and of a PCI function MSI-X. VFIO's numbers.
+#: Where interrupts are: index 0, which of a PCI function is INTx; of one that has MSI-X, there. VFIO's numbers.
 _IRQ, _MSIX = 0, 2
 
 
@@ -65,8 +65,9 @@ class Window:
                 )
             registers = _Registers(self._client, region, size)
             engine.map_window(gpa, -(-size // PAGE_SIZE) * PAGE_SIZE, registers.read, registers.write)
-        index = _MSIX if pci else _IRQ
-        count = self._client.irq_info(index).count if index < info.irqs else 0
+        counts = [self._client.irq_info(index).count for index in range(min(info.irqs, _MSIX + 1))]
+        index = _MSIX if pci and len(counts) > _MSIX and counts[_MSIX] else _IRQ
+        count = counts[index] if counts else 0
         # A function may have more vectors than the machine gives it lines: its driver is told how many it may use.
         for number, line in enumerate(entry.lines[:count]):
             self._client.set_irq_eventfd(index, page.line(line), number)

@@ -371,7 +371,7 @@ class Trail:
         strange = [
             line
             for line in whole.splitlines()
-            if not re.fullmatch(rb"T( \d+){5}|B( \d+){3,4}|V( \d+){4}|D( \d+){2}", line)
+            if not re.fullmatch(rb"T( \d+){5}|B( \d+){3,4}|V( \d+){4}|L( \d+){3}|[DF]( \d+){2}", line)
         ]
         assert strange == [], f"{strange} in what the guest said"
         numbers = [int(number) for number in TICK.findall(whole)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import struct
 import tempfile
 import time
@@ -496,6 +497,23 @@ def test_a_qemu_that_is_killed_is_told_with_its_end(make: Make) -> None:
     assert bridged.ends == ["QEMU was killed by SIGKILL: it said nothing"]
     with pytest.raises(RequestRefused, match="EIO"):
         bridged.read(SCNTL1)
+
+
+def test_a_qemu_that_hangs_is_told_by_its_deadline_and_leaves_nothing_of_it(make: Make) -> None:
+    here, there = make(), make(incoming=True)
+    here.power_on()
+    sent, state = _sent(here)
+    for chunk in sent:
+        there.runtime.take_chunk(chunk)
+    there.runtime.stage(state)
+    assert there.remote._process is not None
+    os.kill(there.remote._process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(DeviceRefused, match=r"did not answer getfd within 3\.5 s"):
+        there.runtime.apply()
+    assert time.monotonic() - began < 5.0
+    here.go("RUNNING")
+    assert sectors(here.controller.read(9, 1)) == [9]
 
 
 def test_a_command_that_says_what_is_the_bridges_to_say_is_refused(tmp_path: Path) -> None:

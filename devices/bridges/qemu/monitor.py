@@ -123,13 +123,15 @@ class Monitor:
                 f"QEMU's monitor was lost at {command}: {error}", device=self.device, remedy="see QEMU's log"
             ) from None
 
-    def give(self, name: str, fd: int, *, phase: Phase = Phase.RUNNING) -> None:
+    def give(
+        self, name: str, fd: int, *, seconds: float = ANSWER_SECONDS, phase: Phase = Phase.RUNNING
+    ) -> None:
         """Pass QEMU a descriptor, which it calls `name` until it takes it (`fd:NAME`). Ours stays open.
 
         :raise DeviceRefused, DeviceTimeout, DeviceGone: as `execute`.
         """
         try:
-            self._run(self._give(name, fd), ANSWER_SECONDS, "getfd")
+            self._run(self._give(name, fd), seconds, "getfd")
         except FerryError as error:
             error.phase = str(phase)
             raise

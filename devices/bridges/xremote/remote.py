@@ -175,7 +175,7 @@ class Remote:
 
     def _migrate(self, word: str, fd: int, phase: Phase) -> None:
         assert self._monitor is not None
-        self._monitor.give(_STREAM, fd, phase=phase)
+        self._monitor.give(_STREAM, fd, seconds=SECONDS, phase=phase)
         self._execute(word, {"uri": f"fd:{_STREAM}"}, phase)
         deadline = time.monotonic() + SECONDS
         while (found := self._execute("query-migrate", None, phase)).get("status") != "completed":

@@ -16,11 +16,12 @@ void boot_read(void)
 	platform = read32(BOOT_PAGE + 20);
 }
 
-static int same(const char *a, const char *b)
+/* A model of it may have more behind a dash: lsi53c895a-slow. */
+static int is(const char *entry, const char *type)
 {
-	while (*a && *a == *b)
-		a++, b++;
-	return *a == *b;
+	while (*type && *entry == *type)
+		entry++, type++;
+	return !*type && (!*entry || *entry == '-');
 }
 
 struct device boot_device(const char *type)
@@ -28,7 +29,7 @@ struct device boot_device(const char *type)
 	for (u32 i = 0; i < device_count; i++) {
 		const char *entry = (const char *)(u64)(BOOT_PAGE + ENTRIES + i * ENTRY);
 
-		if (same(entry, type))
+		if (is(entry, type))
 			return (struct device){ *(u64 *)(entry + TYPE), *(u32 *)(entry + TYPE + 8),
 						*(u32 *)(entry + TYPE + 12) };
 	}

@@ -81,7 +81,7 @@ void alarm_set(u64 tick)
 
 void alarm_look(void)
 {
-	u32 raised = pending() & ~disk_lines;
+	u32 raised = pending() & ~(disk_lines | scsi_line);
 
 	if (raised & ~line) /* nobody waits for these: they would only keep us awake */
 		pending_clear(raised & ~line);

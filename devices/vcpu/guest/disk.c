@@ -3,15 +3,13 @@
 
    Operation n (from 1) is on block mix(n) % blocks, and is a discard, a write of zeroes or a write by other bits of mix(n). What
    a block holds so follows from the number of its last operation. After `D n` on the UART all operations up to n last: whoever
-   has the image can check that each block holds what its last operation up to n, or a later one, put there.
-
-   A sector (64 words): operation << 32 | number of the sector; the seed of this boot; then words as pages have them. */
+   has the image can check that each block holds what its last operation up to n, or a later one, put there (blocks.c). */
 
 #include "guest.h"
 
 enum { IN = 0, OUT = 1, FLUSH = 4, DISCARD = 11, WRITE_ZEROES = 13, FREE = 99 };
 enum { FEATURE_RO = 1 << 5, FEATURE_FLUSH = 1 << 9, FEATURE_MQ = 1 << 12, FEATURE_DISCARD = 1 << 13, FEATURE_ZEROES = 1 << 14 };
-enum { SECTOR = 512, WORDS = SECTOR / 8, BLOCK = 4096, SECTORS = BLOCK / SECTOR };
+enum { SECTOR = 512, SECTORS = BLOCK / SECTOR };
 enum { QUEUES = 2, SLOTS = 8, RING = 4 * SLOTS }; /* four descriptors a slot */
 enum { RINGS = DISK, SLOT_AREA = DISK + 0x10000, BLOCKS_AREA = DISK + 0x40000, MOST_BLOCKS = (GENERATIONS - BLOCKS_AREA) / 4 };
 enum { UNTOUCHED = 0xaa };
@@ -19,7 +17,6 @@ enum { UNTOUCHED = 0xaa };
 #define GRACE 1000000000UL  /* ns that an interrupt may be late, and … */
 #define PATIENCE 500        /* … looks */
 #define STUCK 30000000000UL /* ns without any answer */
-#define STEP 0x9e3779b97f4a7c15UL
 
 struct range {
 	u64 sector;
@@ -48,6 +45,7 @@ static u32 operation, flushed, reads, turn; /* numbers of the last operation, an
 static u32 under_way, writes_under_way, looks;
 static int flushing;
 static u64 overdue, answered_at;
+static const struct block_words words = { "disk_sector", "disk_data" };
 
 static struct slot *slot_of(u32 queue, u32 number) { return (struct slot *)(u64)SLOT_AREA + queue * SLOTS + number; }
 
@@ -105,44 +103,6 @@ void disk_open(void)
 	say_number(blocks);
 	say_number(boot_seed);
 	say_end();
-}
-
-/* -- what a block holds ------------------------------------------------------------------------------------------------------- */
-
-static u64 name_of(u32 block, u32 number, u32 sector) { return (u64)number << 32 | (block * SECTORS + sector); }
-static u64 seed_of(u64 name) { return mix(name ^ (u64)boot_seed << 16) | 1; }
-
-static void fill(u64 *word, u32 block, u32 number)
-{
-	for (u32 sector = 0; sector < SECTORS; sector++) {
-		u64 name = name_of(block, number, sector), value = seed_of(name), *end = word + WORDS;
-
-		*word++ = name;
-		*word++ = boot_seed;
-		for (; word < end; word += 2, value += 2 * STEP) {
-			word[0] = value;
-			word[1] = value + STEP;
-		}
-	}
-}
-
-static void verify(const u64 *word, u32 block, u32 number)
-{
-	int zero = kind_of(number) != OUT;
-
-	for (u32 sector = 0; sector < SECTORS; sector++) {
-		u64 name = zero ? 0 : name_of(block, number, sector), value = zero ? 0 : seed_of(name);
-		u64 step = zero ? 0 : STEP, difference = (word[0] ^ name) | (word[1] ^ (zero ? 0 : boot_seed));
-		const u64 *end = word + WORDS;
-
-		if (difference)
-			corrupt("disk_sector", block * SECTORS + sector, name, word[0]);
-		difference = 0;
-		for (word += 2; word < end; word += 2, value += 2 * step)
-			difference |= (word[0] ^ value) | (word[1] ^ (value + step));
-		if (difference)
-			corrupt("disk_data", block * SECTORS + sector, number, difference);
-	}
 }
 
 /* -- requests ----------------------------------------------------------------------------------------------------------------- */
@@ -225,7 +185,7 @@ static void answered(u32 q, int head, u32 written)
 	switch (kind) {
 	case IN:
 		if (slot->operation && !slot->status)
-			verify(slot->words, slot->block, slot->operation);
+			block_verify(&words, slot->words, slot->block, slot->operation, boot_seed, kind_of(slot->operation) != OUT);
 		break;
 	case FLUSH:
 		flushing = 0;
@@ -296,7 +256,7 @@ static int write_next(void)
 		return 0;
 	operation = number;
 	if (kind_of(number) == OUT)
-		fill(slot->words, block, number);
+		block_fill(slot->words, block, number, boot_seed);
 	submit(q, slot, kind_of(number), block, number);
 	return 1;
 }

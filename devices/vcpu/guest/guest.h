@@ -14,6 +14,8 @@ _Static_assert(sizeof(u64) == 8, "x86-64 only");
 /* Memory map. The program lies at 1 MiB, its stack ends at 2 MiB. */
 #define BOOT_PAGE 0x1000
 #define FENCE 0x200000      /* where the display stores its fence */
+#define SCSI 0x240000       /* the SCSI controller's program, its data and the record of blocks, up to SCSI_END */
+#define SCSI_END 0x300000
 #define DISK 0x300000       /* rings, requests and the record of blocks, up to GENERATIONS */
 #define GENERATIONS 0x400000 /* one u32 a page of the working set, up to WORKING_SET */
 #define WORKING_SET 0x800000
@@ -35,7 +37,7 @@ struct device {
 extern u64 ram_size;
 extern u32 device_count;
 void boot_read(void);
-struct device boot_device(const char *type);           /* the first of its type */
+struct device boot_device(const char *type);           /* the first of its type, or of a model of it */
 u64 boot_option(const char *key, u64 otherwise); /* a number from the command line */
 
 /* The platform page. */
@@ -107,6 +109,20 @@ void queue_offer(struct queue *queue, u32 head);
 void queue_notify(struct queue *queue); /* if the device wants to be told of what was offered */
 int queue_ready(struct queue *queue);
 int queue_next(struct queue *queue, u32 *written);
+
+/* blocks.c: what blocks of 4 KiB hold after an operation. */
+#define BLOCK 4096
+struct block_words {
+	const char *sector, *data; /* what is said of one that is another's, or damaged */
+};
+void block_fill(u64 *word, u32 block, u32 number, u32 seed);
+void block_verify(const struct block_words *words, const u64 *word, u32 block, u32 number, u32 seed, int zero);
+
+/* scsi.c: the disk behind a SCSI controller. */
+extern u32 scsi_line; /* its interrupt */
+void scsi_open(void);
+void scsi_step(void);
+void scsi_look(void); /* as often as there is time */
 
 /* disk.c: the disk. */
 extern u32 disk_lines; /* its interrupts */

@@ -15,6 +15,7 @@ static void wait_until(u64 due)
 	while ((now = clock_now()) < due && due - now <= period) {
 		alarm_look();
 		disk_look();
+		scsi_look();
 		if (storm)
 			pages_rewrite(pages_batch);
 		else
@@ -66,6 +67,7 @@ void main(void)
 	say_number(page_count);
 	say_end();
 	disk_open();
+	scsi_open();
 
 	u64 due = clock_now();
 
@@ -84,6 +86,8 @@ void main(void)
 		screen_step(tick);
 		disk_look();
 		disk_step();
+		scsi_look();
+		scsi_step();
 		alarm_look();
 		alarm_set(tick);
 		now = clock_now();

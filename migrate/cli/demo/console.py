@@ -1,8 +1,8 @@
 """What the guest said: the lines of its UART on both hosts, joined byte for byte, and what they prove.
 
 The format is the guest's (devices/vcpu/guest/README.md): `T <tick> <now µs> <longest gap µs> <gap µs> <pages rewritten>` each tick,
-`CORRUPT <what> …` where one thing is off; `B` and `V` at the start, `D` after a flush of the disk. A line that began on one host
-ends on the other: nothing may be lost between them.
+`CORRUPT <what> …` where one thing is off; `B`, `V` and `L` at the start, `D` and `F` after a flush of a disk. A line that began on
+one host ends on the other: nothing may be lost between them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 #: Every line that is not CORRUPT: start, its disk, a tick, sectors that are durable.
-LINE = re.compile(rb"B( \d+){3,4}|V( \d+){4}|T( \d+){5}|D( \d+){2}")
+LINE = re.compile(rb"B( \d+){3,4}|V( \d+){4}|L( \d+){3}|T( \d+){5}|[DF]( \d+){2}")
 TICK = re.compile(rb"^T (\d+) (\d+) (\d+) (\d+) (\d+)$", re.MULTILINE)
 
 

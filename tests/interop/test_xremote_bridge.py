@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from devices.bridges.xremote import bridge as bridge_module
+from devices.bridges.xremote import command
 from devices.protocols.vfio_user.client import RequestRefused
 from migrate.errors import DeviceRefused, TrackerError, UsageError
 from migrate.memory.memfd import create_memfd
 from migrate.state import blob, catalog, chunks
 from tests.faults.rig import eventually
 from tests.interop.qemu_world import QEMU
-from tests.interop.scripts import CONNECTED, DATA, DSTAT, SCNTL1, read
+from tests.interop.scripts import CONNECTED, DATA, DSTAT, ISTAT, SCNTL1, SIST0, read
 from tests.interop.xremote_rig import CONFIG, MODELS, NAME, SIZE, Bridged, move
 
 pytestmark = [
@@ -143,6 +144,37 @@ def test_a_reset_waits_for_what_is_under_way_and_leaves_what_power_on_does(make:
     assert bridged.vmm.region_read(CONFIG, 0x04, 2) == 0
     bridged.power_on()
     assert sectors(bridged.controller.read(7, 2)) == [7, 8]
+
+
+@pytest.mark.parametrize(("register", "bit"), [(ISTAT, 0x40), (SCNTL1, 0x08)], ids=["chip", "bus"])
+def test_a_reset_by_the_guests_driver_leaves_nothing_under_way(make: Make, register: int, bit: int) -> None:
+    bridged = make()
+    bridged.power_on()
+    slow(bridged, 4096)
+    bridged.controller.start(_BIG, 512 * _SECTORS)
+    assert bridged.remote.under_way() == 1
+    bridged.write(register, bit)
+    bridged.write(register, 0)
+    slow(bridged, 0)
+    eventually(lambda: bridged.remote.under_way() == 0, "it has been cancelled")
+    bridged.read(SIST0), bridged.read(SIST0 + 1), bridged.read(DSTAT)
+    bridged.controller.open()
+    assert sectors(bridged.controller.read(5, 2)) == [5, 6]
+    bridged.go("STOP")
+
+
+def test_a_qemu_that_has_stopped_by_itself_is_named_as_that(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge_module, "IDLE_SECONDS", 0.2)
+    bridged = make()
+    bridged.power_on()
+    slow(bridged, 4096)
+    bridged.controller.start(_BIG, 512 * _SECTORS)
+    bridged.remote.stop()  # as it does where its storage is full
+    with pytest.raises(DeviceRefused, match="its QEMU is paused"):
+        bridged.go("STOP")
+    slow(bridged, 0)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------------------
@@ -516,10 +548,22 @@ def test_a_qemu_that_hangs_is_told_by_its_deadline_and_leaves_nothing_of_it(make
     assert sectors(here.controller.read(9, 1)) == [9]
 
 
-def test_a_command_that_says_what_is_the_bridges_to_say_is_refused(tmp_path: Path) -> None:
-    from devices.bridges.xremote.command import build
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("-incoming", "has -incoming, which the bridge has to say itself"),
+        ("-machine", "has -machine"),
+        ("id=d,file={image}", "by which QEMU locks the image"),
+    ],
+)
+def test_a_command_that_says_what_is_the_bridges_to_say_is_refused(word: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        command.check(["qemu", "-drive", word])
 
-    for word in ("-incoming", "-machine", "-qmp"):
-        with pytest.raises(UsageError, match=f"has {word}"):
-            build(["qemu", word], "d", "/m", 3, 4, incoming=False)
-    assert "unix:/a,,b/m,server=on,wait=off" in build(["qemu"], "d", "/a,b/m", 3, 4, incoming=True)
+
+def test_a_comma_in_a_path_stays_a_part_of_it() -> None:
+    command.check(command.BUILT_IN["lsi53c895a"])
+    assert command.escaped("/a,b") == "/a,,b"
+    line = command.build(["qemu"], "d", "/a,b/m", 3, 4, incoming=True)
+    assert "unix:/a,,b/m,server=on,wait=off" in line
+    assert line[-2:] == ["-incoming", "defer"]

@@ -30,7 +30,7 @@ MODELS = {
     "nvme": (
         QEMU,
         "-drive",
-        "file={image},id=n,if=none,format=raw",
+        "file={image},id=n,if=none,format=raw,file.locking=off",
         "-device",
         "nvme,id={id},drive=n,serial=1",
     ),

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from devices.bridges.models import command_of, parse_models, parse_options
 from devices.bridges.xremote.bridge import Bridge
-from devices.bridges.xremote.command import BUILT_IN, escaped
+from devices.bridges.xremote.command import BUILT_IN, check, escaped
 from devices.bridges.xremote.front import Front
 from devices.bridges.xremote.remote import Remote
 from devices.kit import argument_parser, run
@@ -47,8 +47,11 @@ def main() -> NoReturn:
     try:
         options = parse_options(arguments.option)
         directory = Path(arguments.socket).absolute().parent
+        models = {**BUILT_IN, **parse_models(arguments.serve)}
+        for command in models.values():
+            check(command)
         words = command_of(
-            {**BUILT_IN, **parse_models(arguments.serve)},
+            models,
             {key: escaped(value) for key, value in options.items()},
             {"id": escaped(arguments.id), "directory": escaped(str(directory))},
             "x-remote",

@@ -87,8 +87,10 @@ class Bridge(Participant):
         deadline = time.monotonic() + IDLE_SECONDS
         while why := self._busy():
             if time.monotonic() > deadline:
+                state = self.remote.state(Phase.STOP)
                 raise self._refused(
-                    f"{why} for {IDLE_SECONDS:g} s after the vCPU's stop, and its QEMU's saved state has no room for that",
+                    f"{why} for {IDLE_SECONDS:g} s after the vCPU's stop, and its QEMU's saved state has no room for that"
+                    + (f"; its QEMU is {state}" if state != "running" else ""),
                     "try again when the guest asks less of it, or see whether its storage hangs",
                     Phase.STOP,
                 )

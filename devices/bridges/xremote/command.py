@@ -18,7 +18,8 @@ BUILT_IN: Final[Mapping[str, Sequence[str]]] = {
         "qemu-system-x86_64",
         "-drive", "id={id}-disk,if=none,format=raw,file={image},file.locking=off",
         "-device", "lsi53c895a,id={id}",
-        "-device", "scsi-hd,drive={id}-disk,bus={id}.0,scsi-id=0",
+        # An error is the guest's to hear: by default QEMU stops where its storage is full, and nobody here would tell it to go on.
+        "-device", "scsi-hd,drive={id}-disk,bus={id}.0,scsi-id=0,werror=report,rerror=report",
     ),
 }  # fmt: skip
 #: What would take QEMU's place or keep it from us.
@@ -30,13 +31,8 @@ def escaped(text: str) -> str:
     return text.replace(",", ",,")
 
 
-def build(
-    words: Sequence[str], device: str, monitor: str, connection: int, trace: int, *, incoming: bool
-) -> list[str]:
-    """:param connection: the device's end of a socket pair. :param trace: where QEMU logs. QEMU inherits both.
-
-    :raise UsageError: the words have some that are ours to say.
-    """
+def check(words: Sequence[str]) -> None:
+    """A model's words, as they are written. :raise UsageError: some are ours to say, or have QEMU lock the image before us."""
     for word in words:
         if word in FORBIDDEN:
             raise UsageError(
@@ -44,6 +40,18 @@ def build(
                 remedy="leave it out",
                 phase=Phase.SETUP,
             )
+        if "{image}" in word and "locking=off" not in word:
+            raise UsageError(
+                f"the command of this model has {word}, by which QEMU locks the image; the lock is the bridge's",
+                remedy="add ,file.locking=off to it",
+                phase=Phase.SETUP,
+            )
+
+
+def build(
+    words: Sequence[str], device: str, monitor: str, connection: int, trace: int, *, incoming: bool
+) -> list[str]:
+    """:param connection: the device's end of a socket pair. :param trace: where QEMU logs. QEMU inherits both."""
     line = [
         *words,
         "-machine", "x-remote", "-nodefaults", "-display", "none", "-S",

@@ -58,7 +58,7 @@ class Remote:
     def start(self, *, incoming: bool) -> None:
         """In place of one that is there. It stands still, or waits for a state.
 
-        :raise UsageError: the command has what is ours to say. DeviceGone, DeviceTimeout, DeviceRefused: it does not come up.
+        :raise DeviceGone, DeviceTimeout, DeviceRefused: it does not come up.
         """
         self.end()
         Path(self._path).unlink(missing_ok=True)
@@ -142,12 +142,12 @@ class Remote:
     def run(self, phase: Phase) -> None:
         """It has its image from here on."""
         self._execute("cont", None, phase)
-        if (state := self._state(phase)) != "running":
+        if (state := self.state(phase)) != "running":
             raise self._refused(f"its QEMU was told to run and is {state}", "see its log", phase)
 
     def stop(self) -> None:
         self._execute("stop", None, Phase.STOP)
-        if (state := self._state(Phase.STOP)) == "running":
+        if (state := self.state(Phase.STOP)) == "running":
             raise self._refused(f"its QEMU was told to stop and is {state}", "see its log", Phase.STOP)
 
     def save(self, fd: int) -> None:
@@ -191,7 +191,8 @@ class Remote:
                 )
             time.sleep(_POLL)
 
-    def _state(self, phase: Phase) -> str:
+    def state(self, phase: Phase) -> str:
+        """Its runstate, in its own words."""
         return str(self._execute("query-status", None, phase)["status"])
 
     def _execute(self, word: str, arguments: dict[str, Any] | None, phase: Phase) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from tests.bench import collect, disk, downtime, precopy, qemu, shuttle, state, vfio_user
+from tests.bench import collect, disk, downtime, precopy, qemu, shuttle, state, vfio_user, xremote
 from tests.bench.figures import Figure, Scale, as_line, machine, table
 
 BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
@@ -22,6 +22,7 @@ BENCHES: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "dump": state.run_dump,
     "qemu": qemu.run,
     "vfio-user": vfio_user.run,
+    "x-remote": xremote.run,
 }
 
 

@@ -120,9 +120,9 @@ class Controller:
         for byte in range(4):
             self._registers.write(DSP + byte, PROGRAM >> 8 * byte & 0xFF)
 
-    def finish(self) -> int:
+    def finish(self, seconds: float = _PATIENCE) -> int:
         """The command's status, once it is there."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + seconds
         while not (status := self._registers.read(ISTAT)) & (DMA_INTERRUPT | SCSI_INTERRUPT):
             assert time.monotonic() < deadline, f"no end of the command: ISTAT {status:#x}"
             time.sleep(0.0005)

@@ -17,9 +17,10 @@ import pytest
 from devices.bridges.xremote import bridge as bridge_module
 from devices.bridges.xremote import command
 from devices.protocols.vfio_user.client import RequestRefused
-from migrate.errors import DeviceRefused, TrackerError, UsageError
+from migrate.errors import DeviceRefused, Phase, TrackerError, UsageError
 from migrate.memory.memfd import create_memfd
 from migrate.state import blob, catalog, chunks
+from migrate.state.lifecycle import DeviceState
 from tests.faults.rig import eventually
 from tests.interop.qemu_world import QEMU
 from tests.interop.scripts import CONNECTED, DATA, DSTAT, ISTAT, SCNTL1, SIST0, read
@@ -235,9 +236,31 @@ def test_qemu_alone_lets_a_request_go_on_after_its_stop(make: Make) -> None:
         bridged.remote.stop()
         seen += bridged.remote.under_way()
         eventually(lambda: not bridged.remote.under_way(), "QEMU ends it, though it was stopped")
-        bridged.remote.run("running")  # type: ignore[arg-type]
+        bridged.remote.run(Phase.RESUME)
         bridged.controller.finish()
     assert seen > 0
+
+
+def test_qemu_alone_loses_a_request_that_is_under_way(make: Make) -> None:
+    """It says `completed` on both sides, and the command never ends."""
+    here, there = make(), make(incoming=True)
+    here.power_on()
+    slow(here, 65536)
+    here.controller.start(_BIG, 512 * _SECTORS)
+    here.remote.stop()
+    assert here.remote.under_way() == 1
+    stream = os.memfd_create("stream")
+    here.remote.save(stream)
+    for at in range(0, SIZE, 1 << 20):
+        os.pwrite(there.memory, os.pread(here.memory, 1 << 20, at), at)
+    os.lseek(stream, 0, os.SEEK_SET)
+    there.remote.load(stream)
+    os.close(stream)
+    there.bridge.function.place()
+    there.remote.run(Phase.RESUME)
+    there.bridge.state = DeviceState.RUNNING
+    with pytest.raises(AssertionError, match="no end of the command"):
+        there.controller.finish(1.0)
 
 
 def test_nothing_is_under_way_once_it_has_stopped_and_guest_memory_stands_still(make: Make) -> None:

@@ -6,6 +6,7 @@ machine that arrives names a model, and its options fill the command's braces, o
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import shlex
@@ -15,6 +16,16 @@ from typing import Final
 from migrate.errors import Phase, UsageError
 
 _BRACES: Final = re.compile(r"\{([A-Za-z0-9_.-]*)\}")
+
+
+def parse(parser: argparse.ArgumentParser, *, serve: str, option: str) -> argparse.Namespace:
+    """The arguments of a bridge's process, beside those of every participant's. :param serve, option: what --help says of them."""
+    parser.add_argument(
+        "--socket", metavar="PATH", required=True, help="serve vfio-user to the VMM on this Unix socket"
+    )
+    parser.add_argument("--serve", action="append", default=[], metavar="MODEL=COMMAND", help=serve)
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=option)
+    return parser.parse_args()
 
 
 def parse_models(pairs: Sequence[str]) -> dict[str, list[str]]:

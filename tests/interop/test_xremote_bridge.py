@@ -215,6 +215,28 @@ def test_memory_that_was_taken_back_is_not_written_any_more(make: Make) -> None:
     assert os.pread(bridged.memory, 512, DATA) == bytes(512)
 
 
+def test_a_vmm_that_vanishes_takes_its_memory_along_and_another_one_goes_on(make: Make) -> None:
+    bridged = make()
+    bridged.power_on()
+    bridged.vmm.region_write(_RAM, 0, 4, 0x1234_5678)
+    slow(bridged, 1 << 20)
+    os.pwrite(bridged.memory, bytes(512 * _SECTORS), DATA)
+    bridged.controller.start(_BIG, 512 * _SECTORS)
+    bridged.vmm.close()
+    eventually(lambda: not bridged.bridge.memory.windows, "what it gave is taken back")
+    slow(bridged, 0)
+    time.sleep(0.1)
+    assert (
+        sectors(os.pread(bridged.memory, 512 * _SECTORS, DATA))[-1] == 0
+    )  # where the request would have ended
+    bridged.connect()
+    assert bridged.vmm.region_read(_RAM, 0, 4) == 0x1234_5678
+    bridged.write(ISTAT, 0x40)
+    bridged.write(ISTAT, 0)
+    bridged.controller.open()
+    assert sectors(bridged.controller.read(5, 2)) == [5, 6]
+
+
 def test_the_only_tracker_is_compare_and_others_are_refused_with_that_remedy(make: Make) -> None:
     bridge = make().bridge
     for wanted in ("scan", "log", None):

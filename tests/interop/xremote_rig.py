@@ -52,15 +52,20 @@ class Bridged:
         self.runtime = Runtime(self.bridge, tracker="compare")
         self._server = Server(str(directory / "vmm"), Front(self.bridge))
         self._server.start()
-        self.vmm = Client.connect(str(directory / "vmm"), device=NAME)
+        self._path = str(directory / "vmm")
         self.memory = create_memfd("guest", SIZE)
         self.runtime.attach_memory(0, SIZE, os.dup(self.memory), 0)
-        self.vmm.dma_map(0, SIZE, self.memory)
         self.interrupt = os.eventfd(0, os.EFD_NONBLOCK)
-        self.vmm.set_irq_eventfd(0, self.interrupt, 0)
+        self.connect()
         self.controller = Controller(self, self.memory)
         if incoming:
             self.go("RESUMING")
+
+    def connect(self) -> None:
+        """A VMM comes."""
+        self.vmm = Client.connect(self._path, device=NAME)
+        self.vmm.dma_map(0, SIZE, self.memory)
+        self.vmm.set_irq_eventfd(0, self.interrupt, 0)
 
     def read(self, offset: int) -> int:
         return self.vmm.region_read(0, offset, 1)

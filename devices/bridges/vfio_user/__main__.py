@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from devices.bridges.models import command_of, parse_models, parse_options
+from devices.bridges.models import command_of, parse, parse_models, parse_options
 from devices.bridges.vfio_user.bridge import Bridge
 from devices.bridges.vfio_user.passing import Passing
 from devices.bridges.vfio_user.server import ServerProcess
@@ -23,25 +23,11 @@ from migrate.errors import FerryError
 
 
 def main() -> NoReturn:
-    parser = argument_parser("vfio-user", "A vfio-user server that knows nothing of ours, as a device.")
-    parser.add_argument(
-        "--socket", metavar="PATH", required=True, help="serve vfio-user to the VMM on this Unix socket"
+    arguments = parse(
+        argument_parser("vfio-user", "A vfio-user server that knows nothing of ours, as a device."),
+        serve="how a server is started; {socket}, {id}, {directory}, {start} and {OPTION} are filled in",
+        option="server: the socket of a server that listens; model: which one to start; any other: for its command",
     )
-    parser.add_argument(
-        "--serve",
-        action="append",
-        default=[],
-        metavar="MODEL=COMMAND",
-        help="how a server is started; {socket}, {id}, {directory}, {start} and {OPTION} are filled in",
-    )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="server: the socket of a server that listens; model: which one to start; any other: for its command",
-    )
-    arguments = parser.parse_args()
     process: ServerProcess | None = None
     try:
         options = parse_options(arguments.option)

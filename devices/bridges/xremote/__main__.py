@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from devices.bridges.models import command_of, parse_models, parse_options
+from devices.bridges.models import command_of, parse, parse_models, parse_options
 from devices.bridges.xremote.bridge import Bridge
 from devices.bridges.xremote.command import BUILT_IN, check, escaped
 from devices.bridges.xremote.front import Front
@@ -23,26 +23,12 @@ from migrate.errors import FerryError
 
 
 def main() -> NoReturn:
-    parser = argument_parser("x-remote", "A device in a QEMU of the machine type x-remote, as a device.")
-    parser.add_argument(
-        "--socket", metavar="PATH", required=True, help="serve vfio-user to the VMM on this Unix socket"
-    )
-    parser.add_argument(
-        "--serve",
-        action="append",
-        default=[],
-        metavar="MODEL=COMMAND",
-        help="QEMU with one PCI function id={id}; {image}, {directory} and {OPTION} are filled in; "
+    arguments = parse(
+        argument_parser("x-remote", "A device in a QEMU of the machine type x-remote, as a device."),
+        serve="QEMU with one PCI function id={id}; {image}, {directory} and {OPTION} are filled in; "
         f"built in: {', '.join(BUILT_IN)}",
+        option="model: which one; image: its disk's, a raw file; any other: for its command",
     )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="model: which one; image: its disk's, a raw file; any other: for its command",
-    )
-    arguments = parser.parse_args()
     remote: Remote | None = None
     try:
         options = parse_options(arguments.option)
@@ -61,7 +47,7 @@ def main() -> NoReturn:
             arguments.id,
             words,
             f"{arguments.socket}.q",
-            directory / f"{arguments.id}.qemu.log",
+            directory / f"{arguments.id.replace('/', '_')}.qemu.log",
             lambda how: _end_with_it(arguments.id, how),
         )
         bridge = Bridge(arguments.id, remote, options.get("model", ""), image, incoming=arguments.incoming)

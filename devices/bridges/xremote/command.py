@@ -16,6 +16,8 @@ from migrate.errors import Phase, UsageError
 BUILT_IN: Final[Mapping[str, Sequence[str]]] = {
     "lsi53c895a": (
         "qemu-system-x86_64",
+        # What it loads comes from another host.
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-drive", "id={id}-disk,if=none,format=raw,file={image},file.locking=off",
         "-device", "lsi53c895a,id={id}",
         # An error is the guest's to hear: by default QEMU stops where its storage is full, and nobody here would tell it to go on.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
 IN_CI = bool(os.environ.get("CI"))
+
+# A shell's background job ignores Ctrl-C, and so would all that tests start: what they interrupt would go on for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says something of the machine, not of the code: a shared one must not fail a test.
 hypothesis.settings.register_profile("vmferry", deadline=None, print_blob=True)

@@ -45,13 +45,12 @@ class Remote:
         image = directory / "disk.img"
         if not image.exists():
             image.write_bytes(bytes(1 << 20))
-        self._qmp = f"{directory}/{name}.qmp"
         command = [
             QEMU, "-machine", "x-remote", "-nodefaults", "-display", "none", "-device", "lsi53c895a,id=lsi0",
             "-drive", f"id=d,file={image},format=raw,if=none,file.locking=off",
             "-device", "scsi-hd,drive=d,bus=lsi0.0,scsi-id=0",
             "-object", f"x-remote-object,id=r,devid=lsi0,fd={theirs.fileno()}",
-            "-qmp", f"unix:{self._qmp},server=on,wait=off", *words,
+            "-qmp", f"unix:{directory}/{name}.qmp,server=on,wait=off", *words,
         ]  # fmt: skip
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
@@ -59,16 +58,11 @@ class Remote:
         stack.callback(self.process.kill)
         self.client = Client(ours, name, timeout)
         stack.callback(self.client.close)
-        self._stack = stack
-        self._monitor: Monitor | None = None
-
-    @property
-    def monitor(self) -> Monitor:
-        if self._monitor is None:
-            self._monitor = Monitor("qemu", lambda *_: None, lambda: None)
-            self._stack.callback(self._monitor.close)
-            self._monitor.connect(self._qmp, alive=lambda: self.process.poll() is None)
-        return self._monitor
+        self.monitor = Monitor("qemu", lambda *_: None, lambda: None)
+        stack.callback(self.monitor.close)
+        self.monitor.connect(f"{directory}/{name}.qmp", alive=lambda: self.process.poll() is None)
+        # What comes before QEMU's main loop runs is undone by the reset with which its start ends.
+        self.monitor.execute("query-status")
 
     def moved(self) -> bool:
         status = self.monitor.execute("query-migrate").get("status")

@@ -86,6 +86,7 @@ class Remote:
             self._monitor.connect(self._path, alive=lambda: process.alive)
         except DeviceGone as error:
             raise self._told(error) from None
+        # An answer, besides, means that its main loop runs: a message to the device before that is undone by QEMU's first reset.
         states = self._monitor.execute("trace-event-get-state", {"name": "scsi_req_*"}, phase=Phase.SETUP)
         enabled = {one["name"] for one in states if one["state"] == "enabled"}
         self.traced = enabled.issuperset(EVENTS)

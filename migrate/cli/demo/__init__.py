@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 #: What a host takes (migrate.host.service).
 MAX_DOWNTIME_MS = 3_600_000
+QEMU = "qemu-system-x86_64"
 
 HELP = "move a running guest between two hosts on this machine, and prove that nothing was lost"
 
@@ -55,8 +57,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs the guest: our own small VMM, or QEMU with a Linux guest (default embedded)",
     )  # fmt: skip
     parser.add_argument(
-        "--devices", choices=["bus", "vfio-user"], default="bus",
-        help="what the devices speak besides vfio-user with the VMM: D-Bus, or nothing, each behind a bridge",
+        "--devices", choices=["bus", "vfio-user", "x-remote"], default="bus",
+        help="what the devices speak besides vfio-user with the VMM: D-Bus; nothing, each behind a bridge; or D-Bus, with a "
+        "SCSI controller and disk in a QEMU of the type x-remote beside them, behind a bridge",
     )  # fmt: skip
     parser.add_argument("--memory", default="", metavar="SIZE", help="of the guest (default 256 MiB)")
     parser.add_argument(
@@ -124,6 +127,10 @@ def _options(args: argparse.Namespace) -> Options:
             "--devices vfio-user goes with the embedded VMM, and the trackers log and compare",
             remedy="leave out one of the two",
         )
+    if args.devices == "x-remote" and args.vmm == "qemu":
+        raise UsageError("--devices x-remote goes with the embedded VMM", remedy="leave out one of the two")
+    if args.devices == "x-remote" and shutil.which(QEMU) is None:
+        raise UsageError(f"--devices x-remote needs {QEMU}", remedy="install it (Debian: qemu-system-x86)")
     if args.devices == "vfio-user" and SCENARIOS[args.scenario].destination_toml:
         raise UsageError(
             f"--devices vfio-user does not go with {args.scenario}, which needs devices on the bus",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -39,6 +40,19 @@ def test_devices_that_know_no_bus_move_there_and_back_over_vfio_user_alone(playe
     servers = [process.words for process in played.processes if "--migration" in process.words]
     assert {words[words.index("--id") + 1] for words in servers} == DEVICES - {"vcpu0"}
     assert [words for words in servers if "--bus" in words] == []
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed")
+@pytest.mark.demo("--devices", "x-remote", "--back", "--keep", *PATIENT)
+def test_a_scsi_controller_of_qemus_moves_there_and_back_beside_our_devices(played: DemoRun) -> None:
+    check_moved(played)
+    assert played.kept is not None
+    types = {path.stem: blob.unpack(path.read_bytes()).type for path in played.kept.glob("*.blob")}
+    assert types.keys() == DEVICES | {"scsi0"}
+    assert types["scsi0"] == "x-remote"
+    assert (played.kept / "scsi0.chunks").stat().st_size > 10_000
+    said = (played.kept / "hosta" / "machines" / "demo" / "uart0.out").read_bytes()
+    assert said.count(b"\nF ") > 2, "its disk is flushed"
 
 
 @pytest.mark.demo(*PATIENT, "--keep")

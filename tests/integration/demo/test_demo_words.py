@@ -40,6 +40,7 @@ def refused(played: DemoRun) -> str:
         (["--downtime", "-4"], "--downtime -4"),
         (["--tracker", "soft-dirty"], "soft-dirty"),
         (["--devices", "vfio-user", "--tracker", "scan"], "log and compare"),
+        (["--devices", "x-remote", "--vmm", "qemu"], "goes with the embedded VMM"),
         (["--devices", "vfio-user", "--scenario", "load-failure"], "does not go with load-failure"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -147,6 +147,31 @@ def _shown(path: Path) -> stream.StreamSummary:
         return stream.read(file)
 
 
+def test_what_comes_before_its_main_loop_runs_is_answered_and_undone() -> None:
+    """By the reset with which QEMU's start ends: so whoever drives one asks its monitor something first."""
+    ours, theirs = socket.socketpair()
+    command = [
+        QEMU,
+        "-machine",
+        "x-remote",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-device",
+        "lsi53c895a,id=lsi0",
+    ]
+    with subprocess.Popen(
+        [*command, "-object", f"x-remote-object,id=r,devid=lsi0,fd={theirs.fileno()}"],
+        pass_fds=[theirs.fileno()],
+    ) as process:
+        theirs.close()
+        client = Client(ours, "lsi0", 10.0)
+        client.config_write(0x14, 4, _MEMORY)
+        eventually(lambda: client.config_read(0x14, 4) == 0, "it is undone", 10.0)
+        client.close()
+        process.kill()
+
+
 def test_one_that_hangs_and_one_that_is_gone_are_told_apart_in_time(stack: ExitStack, tmp_path: Path) -> None:
     """There is no heartbeat: a deadline for every call is one."""
     remote = Remote(stack, tmp_path, "lsi0", timeout=0.5)

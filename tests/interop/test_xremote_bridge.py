@@ -17,7 +17,7 @@ import pytest
 from devices.bridges.xremote import bridge as bridge_module
 from devices.bridges.xremote import command
 from devices.protocols.vfio_user.client import RequestRefused
-from migrate.errors import DeviceRefused, Phase, TrackerError, UsageError
+from migrate.errors import DeviceRefused, DeviceTimeout, Phase, TrackerError, UsageError
 from migrate.memory.memfd import create_memfd
 from migrate.state import blob, catalog, chunks
 from migrate.state.lifecycle import DeviceState
@@ -591,6 +591,50 @@ def test_a_qemu_that_hangs_is_told_by_its_deadline_and_leaves_nothing_of_it(make
     assert time.monotonic() - began < 5.0
     here.go("RUNNING")
     assert sectors(here.controller.read(9, 1)) == [9]
+
+
+def test_a_qemu_that_hung_at_the_stop_goes_on_once_it_answers_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("devices.bridges.xremote.remote.SECONDS", 0.5)
+    bridged = make()
+    bridged.power_on()
+    assert bridged.remote._process is not None
+    pid = bridged.remote._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(DeviceTimeout) as hangs:
+        bridged.go("STOP")
+    assert hangs.value.device == NAME
+    os.kill(pid, signal.SIGCONT)
+    assert bridged.bridge.state == "RUNNING"
+    assert sectors(bridged.controller.read(9, 1)) == [9]
+    bridged.go("STOP")
+    bridged.go("RUNNING")
+    assert sectors(bridged.controller.read(9, 1)) == [9]
+
+
+def test_a_stop_that_was_given_up_and_took_effect_is_taken_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridged = make()
+    bridged.power_on()
+    real = bridged.remote.state
+
+    def late(phase: Phase) -> str:
+        monkeypatch.setattr(bridged.remote, "state", real)
+        raise DeviceTimeout("it took too long", device=NAME, phase=phase)
+
+    bridged.go("RUNNING_P2P")
+    for undone in (True, False):  # by the stop itself; or, where QEMU hangs still, by the resume
+        monkeypatch.setattr(bridged.remote, "state", late)
+        if not undone:
+            monkeypatch.setattr(bridged.bridge, "_as_it_was", lambda _: None)
+        with pytest.raises(DeviceTimeout, match="too long"):
+            bridged.go("STOP")
+        assert bridged.bridge.state == "RUNNING_P2P"
+        assert (real(Phase.STOP) == "running") is undone
+    bridged.go("RUNNING")
+    assert sectors(bridged.controller.read(9, 1)) == [9]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from devices.bridges.xremote.data import QemuStream
@@ -25,7 +25,7 @@ from devices.bridges.xremote.wiring import Wiring
 from devices.kit import Participant
 from devices.virtio.backing import Image
 from migrate.bus import Disk
-from migrate.errors import DeviceRefused, Phase, TrackerError
+from migrate.errors import DeviceError, DeviceRefused, Phase, TrackerError
 from migrate.state.lifecycle import SAVING_GROUP, DeviceState
 
 log = logging.getLogger(__name__)
@@ -104,9 +104,14 @@ class Bridge(Participant):
             return f"{under_way} SCSI request{'s are' if under_way > 1 else ' is'} under way"
         return "it is connected to a target" if connected else ""
 
+    def leave_p2p(self) -> None:
+        """It runs already, but for a QEMU that was slow to obey a stop which was given up."""
+        if self.remote.state(Phase.RESUME) != "running":
+            self.remote.run(Phase.RESUME)
+
     def stop(self) -> None:
-        self.remote.stop()
         try:
+            self.remote.stop()
             if why := self._busy():
                 raise self._refused(f"{why} though it had come to rest", "try again", Phase.STOP)
             self.interrupt.settle()
@@ -115,7 +120,7 @@ class Bridge(Participant):
                 self._stream.write_down()
         except BaseException:
             self._stream.stopped = False
-            self.remote.run(Phase.STOP)
+            self._as_it_was(self.remote.run)
             raise
 
     def start(self, stopped_ns: int) -> None:
@@ -124,11 +129,19 @@ class Bridge(Participant):
         try:
             self.remote.run(Phase.RESUME)
         except BaseException:
+            self._as_it_was(lambda _: self.remote.stop())
             if self._image is not None:
                 self._image.unlock()
             raise
         self._stream.forget()
         self._stream.stopped = False
+
+    def _as_it_was(self, undo: Callable[[Phase], None]) -> None:
+        """A QEMU that hangs obeys later, in order: it has been told by then."""
+        try:
+            undo(Phase.STOP)
+        except DeviceError as error:
+            log.warning("event=not-undone reason=%r", error.reason)
 
     def release_locks(self) -> None:
         if self._image is not None:

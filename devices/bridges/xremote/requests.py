@@ -58,7 +58,7 @@ class Requests:
                 self._take(line.decode(errors="replace"))
 
     def _take(self, line: str) -> None:
-        word = line.partition(" ")[0]
+        word = line.partition(" ")[0].rpartition(":")[2]  # with -msg timestamp=on there is a time before it
         if word == _BEGINS:
             self._under_way += 1
         elif word == _ENDS:

@@ -23,7 +23,7 @@ TIMEOUT: Final = 3.5
 
 
 class Client:
-    """Calls from any thread, one after the other. After DeviceTimeout or DeviceGone the connection is of no use."""
+    """Calls from any thread, one after the other. After DeviceTimeout it may be asked again; after DeviceGone it is of no use."""
 
     def __init__(self, connection: socket.socket, device: str = "", timeout: float = TIMEOUT) -> None:
         """:param connection: owned from here on. :param device: for errors."""
@@ -31,7 +31,9 @@ class Client:
         self._socket = connection
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._broken = False
+        self._broken = self._half = False  #: no use any more; a message may have gone in part
+        self._owed = 0  #: answers that are yet to come
+        self._received = bytearray()
 
     @classmethod
     def connect(cls, path: str, device: str = "", timeout: float = TIMEOUT) -> Self:
@@ -99,25 +101,38 @@ class Client:
     def _call(self, message: bytes) -> int | None:
         with self._lock, self._blame():
             deadline = time.monotonic() + self._timeout
+            while self._owed:  # to calls whose deadline was missed
+                self._answer(deadline)
             self._transmit(message, (), deadline)
-            return m.decode_ret(self._read(m.ret_size(self._read(m.HEADER.size, deadline)), deadline))
+            self._owed += 1
+            return self._answer(deadline)
 
     def _transmit(self, message: bytes, fds: Sequence[int], deadline: float) -> None:
         self._wait_until(deadline)
+        self._half = True
         sent = socket.send_fds(self._socket, [message], list(fds)) if fds else 0
         self._socket.sendall(message[sent:])
+        self._half = False
 
-    def _read(self, size: int, deadline: float) -> bytes:
-        data = b""
-        while len(data) < size:
+    def _answer(self, deadline: float) -> int | None:
+        """The next answer. What has come of it stays, where the rest does not come in time."""
+        self._receive(m.HEADER.size, deadline)
+        end = m.HEADER.size + m.ret_size(bytes(self._received[: m.HEADER.size]))
+        self._receive(end, deadline)
+        payload = bytes(self._received[m.HEADER.size : end])
+        del self._received[:end]
+        self._owed -= 1
+        return m.decode_ret(payload)
+
+    def _receive(self, size: int, deadline: float) -> None:
+        while len(self._received) < size:
             self._wait_until(deadline)
-            got, fds, _ = receive(self._socket, size - len(data))
+            got, fds, _ = receive(self._socket, size - len(self._received))
             for fd in fds:  # nobody is to send any
                 os.close(fd)
             if not got:
                 raise ConnectionResetError("it has closed the connection")
-            data += got
-        return data
+            self._received += got
 
     def _wait_until(self, deadline: float) -> None:
         """One deadline for all of a call: a peer that answers byte by byte does not get one for each."""
@@ -128,13 +143,13 @@ class Client:
 
     @contextmanager
     def _blame(self) -> Iterator[None]:
-        """Where a call fails half-way, nobody knows what the next bytes belong to."""
+        """A late answer is known for what it is: they come in order. A message that went in part leaves nothing to go on with."""
         if self._broken:
             raise self._gone("its connection is of no use since an earlier failure")
         try:
             yield
         except TimeoutError:
-            self._broken = True
+            self._broken = self._half
             raise DeviceTimeout(
                 f"it has not answered for {self._timeout:g} s",
                 device=self.device,

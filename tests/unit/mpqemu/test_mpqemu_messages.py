@@ -355,6 +355,22 @@ def test_an_answer_byte_by_byte_does_not_outlast_the_deadline() -> None:
     theirs.close()
 
 
+def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_ones() -> None:
+    ours, theirs = socket.socketpair()
+    client = Client(ours, "slow0", 0.2)
+    with pytest.raises(DeviceTimeout):
+        client.config_read(0, 4)
+    late = m.encode_ret(7)
+    theirs.send(late[:20])
+    with pytest.raises(DeviceTimeout):
+        client.config_read(0, 4)  # which is not sent as long as the first is owed its answer
+    theirs.send(late[20:])
+    threading.Timer(0.05, lambda: theirs.send(m.encode_ret(9))).start()
+    assert client.config_read(0, 4) == 9
+    client.close()
+    theirs.close()
+
+
 @pytest.mark.parametrize(
     "answer",
     [

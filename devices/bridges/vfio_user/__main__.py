@@ -19,6 +19,7 @@ from devices.bridges.vfio_user.server import ServerProcess
 from devices.bridges.vfio_user.upstream import Upstream
 from devices.kit import argument_parser, run
 from devices.protocols.vfio_user.server import Server
+from devices.virtio.backing import Image
 from migrate.errors import FerryError
 
 
@@ -26,19 +27,21 @@ def main() -> NoReturn:
     arguments = parse(
         argument_parser("vfio-user", "A vfio-user server that knows nothing of ours, as a device."),
         serve="how a server is started; {socket}, {id}, {directory}, {start} and {OPTION} are filled in",
-        option="server: the socket of a server that listens; model: which one to start; any other: for its command",
+        option="server: the socket of a server that listens; model: which one to start; image: its disk's, on storage that "
+        "both hosts share; any other: for its command",
     )
     process: ServerProcess | None = None
     try:
         options = parse_options(arguments.option)
         socket = options.pop("server", "")
+        image = _image(options["image"]) if "image" in options else None
         if not socket:
             process = _start(arguments, options)
             socket = process.socket
         upstream = Upstream.connect(
             arguments.id, socket, process.obituary if process is not None else lambda: ""
         )
-        bridge = Bridge(arguments.id, upstream, options.get("model", ""), incoming=arguments.incoming)
+        bridge = Bridge(arguments.id, upstream, options.get("model", ""), image, incoming=arguments.incoming)
         passing = Passing(bridge, upstream)
         server = Server(arguments.socket, passing)
     except FerryError as error:
@@ -65,6 +68,10 @@ def _start(arguments: argparse.Namespace, options: dict[str, str]) -> ServerProc
     }
     command = command_of(parse_models(arguments.serve), options, ours, "vfio-user")
     return ServerProcess(arguments.id, command, ours["socket"])
+
+
+def _image(path: str) -> Image:
+    return Image(path, read_only=not os.access(path, os.W_OK))
 
 
 def _end_with_it(device: str, process: ServerProcess | None) -> None:

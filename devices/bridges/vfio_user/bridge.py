@@ -15,13 +15,15 @@ said in vfio-user: a device behind a bridge that keeps time goes on as if none h
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from devices.bridges.vfio_user.data import MigData
 from devices.bridges.vfio_user.dma_log import DmaLogTracker
 from devices.bridges.vfio_user.upstream import Upstream
 from devices.kit import Participant
+from devices.virtio.backing import Image
+from migrate.bus import Disk
 from migrate.errors import DeviceRefused, Phase, TrackerError
 from migrate.memory.tracker import Tracker
 from migrate.state.lifecycle import SAVING_GROUP, DeviceState
@@ -38,17 +40,30 @@ class Bridge(Participant):
     #: A server does not say whether it does.
     writes_memory: ClassVar[bool] = True
 
-    def __init__(self, identity: str, upstream: Upstream, model: str, *, incoming: bool = False) -> None:
-        """:raise DeviceError: the server does not come to rest, or (where it waits for a state) cannot be moved."""
+    def __init__(
+        self,
+        identity: str,
+        upstream: Upstream,
+        model: str,
+        image: Image | None = None,
+        *,
+        incoming: bool = False,
+    ) -> None:
+        """:param image: the server's disk, so that both sides are seen to have the same one. Its lock is the server's.
+        :raise DeviceError: the server does not come to rest, or (where it waits for a state) cannot be moved."""
         super().__init__(identity)
         self._upstream = upstream
         self._model = model
+        self._image = image
         self._data = MigData(upstream)
         self.streamed = self._data
         upstream.settle(incoming=incoming)
 
     def obstacle(self) -> str:
         return self._upstream.obstacle
+
+    def disks(self) -> Sequence[Disk]:
+        return () if self._image is None else (Disk("image", self._image.size, self._image.read_only),)
 
     # -- coming to rest and back ------------------------------------------------------------------------------------------------
 
@@ -145,3 +160,5 @@ class Bridge(Participant):
 
     def close(self) -> None:
         self._upstream.close()
+        if self._image is not None:
+            self._image.close()

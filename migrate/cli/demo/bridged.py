@@ -16,22 +16,23 @@ _DEVICES: Final = {
     "uart0": ("uart16550", "--option output={directory}/{id}.out", ""),
     "rtc0": ("rtc", "", ""),
     "display0": ("display", "", ""),
-    "disk0": ("virtio-blk", "--option image=IMAGE", "vectors = 3\n"),
+    "disk0": ("virtio-blk", "--option image={image}", "vectors = 3\n"),
 }
 
 
-def machine_toml(name: str, memory: str, cmdline: str, tracker: str) -> str:
+def machine_toml(name: str, memory: str, cmdline: str, tracker: str, image: Path) -> str:
     wanted = f'tracker = "{tracker}"\n' if tracker else ""
     return (
         f'[machine]\nname = "{name}"\nmemory = "{memory}"\n\n[vcpu]\ncmdline = "{cmdline}"\n{wanted}'
         + "".join(
             f'\n[[device]]\nid = "{device}"\ntype = "vfio-user"\noptions = {{ model = "{model}" }}\n{more}{wanted}'
-            for device, (model, _, more) in _DEVICES.items()
+            + (f'image = "{image}"\n' if "{image}" in command else "")
+            for device, (model, command, more) in _DEVICES.items()
         )
     )
 
 
-def host_toml(image: Path) -> str:
+def host_toml() -> str:
     """How bridges, and the servers behind them, are started."""
     python = shlex.quote(sys.executable)
     words = [sys.executable, "-m", "devices.bridges.vfio_user"]
@@ -40,5 +41,5 @@ def host_toml(image: Path) -> str:
         serve = (
             f"{python} -m {module} --id {{id}} --socket {{socket}} --{{start}} --migration vfio-user {more}"
         )
-        words += ["--serve", f"{model}={serve.replace('IMAGE', shlex.quote(str(image)))}"]
+        words += ["--serve", f"{model}={serve}"]
     return f"\n[device.vfio-user]\ncommand = {json.dumps(words)}\n"

@@ -91,7 +91,7 @@ class Stage:
         tracker = f'tracker = "{self.options.tracker}"\n' if self.options.tracker else ""
         if self.options.devices == "vfio-user":
             return bridged.machine_toml(
-                MACHINE, self.options.memory or MEMORY, self.cmdline(), self.options.tracker
+                MACHINE, self.options.memory or MEMORY, self.cmdline(), self.options.tracker, self.image
             )
         return (
             f'[machine]\nname = "{MACHINE}"\nmemory = "{self.options.memory or MEMORY}"\n\n'
@@ -119,7 +119,7 @@ class Stage:
         for host, more in ((self.source, ""), (self.destination, destination)):
             host.directory.mkdir()
             if self.options.devices == "vfio-user":
-                more = bridged.host_toml(self.image) + more
+                more = bridged.host_toml() + more
             (host.directory / "host.toml").write_text(f'images = ["{self.image.parent}"]\n{more}')
 
     def cmdline(self) -> str:

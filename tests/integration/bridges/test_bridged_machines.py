@@ -26,6 +26,7 @@ SERVERS = {
     "rtc": f"{PYTHON} -m devices.rtc {OURS}",
     "display": f"{PYTHON} -m devices.display {OURS} --option vram={{vram}}",
     "nailed": f"{PYTHON} {HERE / 'nailed.py'} {{socket}}",
+    "virtio-blk": f"{PYTHON} -m devices.virtio_blk {OURS} --option image={{image}}",
 }
 #: What a model is at the source, and at the destination.
 FAULTY = {
@@ -37,11 +38,11 @@ FAULTY = {
 }  # fmt: skip
 
 
-def host_toml(side: int) -> str:
+def host_toml(side: int, storage: list[str]) -> str:
     servers = SERVERS | {model: pair[side] for model, pair in FAULTY.items() if pair[side]}
     words = [sys.executable, "-m", "devices.bridges.vfio_user"]
     words += [word for model, command in servers.items() for word in ("--serve", f"{model}={command}")]
-    return f"[device.vfio-user]\ncommand = {json.dumps(words)}\n"
+    return f"images = {json.dumps(storage)}\n[device.vfio-user]\ncommand = {json.dumps(words)}\n"
 
 
 def device(name: str, model: str, more: str = "", keys: str = "") -> str:
@@ -65,7 +66,7 @@ def ground() -> Iterator[Pen]:
 def hosts(ground: Pen) -> Iterator[tuple[Host, Host]]:
     keys = keys_for(ground, "hosta", "hostb")
     both = tuple(
-        Host(ground, name, keys=keys[name], toml=host_toml(side))
+        Host(ground, name, keys=keys[name], toml=host_toml(side, _storage(ground, side)))
         for side, name in enumerate(("hosta", "hostb"))
     )
     for host in both:
@@ -75,6 +76,16 @@ def hosts(ground: Pen) -> Iterator[tuple[Host, Host]]:
         host.close()
     assert [str(process) for process in ground.processes()] == []
     assert ground.sockets() == []
+
+
+def _storage(ground: Pen, side: int) -> list[str]:
+    """Where each host finds images: `same.img` is one file for both, `other.img` is not."""
+    shared, own = ground.directory / "shared", ground.directory / "own"
+    for directory, names in ((shared, ("same.img", "other.img")), (own, ("other.img",))):
+        directory.mkdir(exist_ok=True)
+        for name in names:
+            (directory / name).write_bytes(bytes(4 << 20))
+    return [str(shared)] if side == 0 else [str(own), str(shared)]
 
 
 def run(hosts: tuple[Host, Host], *devices: str) -> None:
@@ -155,6 +166,29 @@ def test_a_server_without_migration_is_refused_in_the_preflight_and_its_machine_
     assert (reason["device"], reason["phase"]) == ("extra0", "preflight"), said
     assert "it cannot be moved: its vfio-user server does not offer migration" in reason["reason"], said
     a.ticks_on()
+
+
+@pytest.mark.parametrize("disk", ["same.img", "other.img"])
+def test_a_servers_disk_is_looked_up_by_its_name_and_refused_where_it_is_another_file(
+    hosts: tuple[Host, Host], ground: Pen, disk: str
+) -> None:
+    a, b = hosts
+    keys = f'image = "{ground.directory}/shared/{disk}"\nvectors = 3'
+    run(hosts, device("rtc0", "rtc"), device("disk0", "virtio-blk", keys=keys))
+    eventually(lambda: a.console().count(b"\nD ") > 1, "the disk is flushed")
+    trail = Trail(a, b)
+    said = migrate(a, b)
+    if disk == "same.img":
+        assert (said.code, said.outcome["running_on"]) == (0, "destination"), said
+        trail.goes(b)
+        b.ticks_on()
+    else:
+        assert (said.code, said.outcome["running_on"]) == (3, "source"), said
+        [reason] = said.outcome["reasons"]
+        assert reason["device"] == "disk0"
+        assert "is a different file under the same name" in reason["reason"]
+        a.ticks_on()
+    trail.check()
 
 
 def test_a_server_that_dies_takes_its_machine_with_it_and_is_named(hosts: tuple[Host, Host]) -> None:

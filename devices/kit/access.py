@@ -29,6 +29,10 @@ class Window:
     #: The region was mapped for this window alone, and nobody tracks it.
     private: bool
 
+    @property
+    def view(self) -> memoryview:
+        return self.region.view[self.offset : self.offset + self.size]
+
     def covers(self, gpa: int, length: int) -> bool:
         return self.address <= gpa and gpa + length <= self.address + self.size
 

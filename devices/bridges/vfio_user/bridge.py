@@ -5,7 +5,8 @@
                              Nobody is left whom it could disturb: the vCPU has stopped, and devices do not reach each other. Its
                              interrupts wait in their eventfds, and what it writes is collected after it has stopped
     PRE_COPY, PRE_COPY_P2P   PRE_COPY, if it offers that; else RUNNING
-    STOP, STOP_COPY          the same
+    STOP, STOP_COPY          the same; but before its machine has begun it runs, with nothing to do: libvfio-user refuses memory and
+                             interrupts to one that is in STOP
     RESUMING                 the same; left when the state is applied, so that it is judged there
 
 It starts when RUNNING_P2P is entered, for what it refuses then can still be taken back. How long a machine was on its way cannot be
@@ -18,19 +19,25 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from devices.bridges.vfio_user import config
 from devices.bridges.vfio_user.data import MigData
 from devices.bridges.vfio_user.dma_log import DmaLogTracker
 from devices.bridges.vfio_user.upstream import Upstream
 from devices.kit import Participant
+from devices.protocols.vfio_user.client import RequestRefused
+from devices.protocols.vfio_user.messages import DeviceFlags
 from devices.virtio.backing import Image
 from migrate.bus import Disk
 from migrate.errors import DeviceRefused, Phase, TrackerError
+from migrate.memory.addresses import GuestAddress
 from migrate.memory.tracker import Tracker
-from migrate.state.lifecycle import SAVING_GROUP, DeviceState
+from migrate.state.lifecycle import RESPONDING, SAVING_GROUP, DeviceState
 
 log = logging.getLogger(__name__)
 
 _S = DeviceState
+#: VFIO's number of the region (linux/vfio.h).
+_CONFIG = 7
 
 
 class Bridge(Participant):
@@ -55,9 +62,11 @@ class Bridge(Participant):
         self._upstream = upstream
         self._model = model
         self._image = image
-        self._data = MigData(upstream)
+        self._data = MigData(upstream, lambda: self.state is _S.STOP)
         self.streamed = self._data
         upstream.settle(incoming=incoming)
+        self._config = b""
+        self._look()
 
     def obstacle(self) -> str:
         return self._upstream.obstacle
@@ -65,7 +74,16 @@ class Bridge(Participant):
     def disks(self) -> Sequence[Disk]:
         return () if self._image is None else (Disk("image", self._image.size, self._image.read_only),)
 
+    def _look(self) -> None:
+        """Keep the configuration space as it is, while it may be asked for: who stands still may refuse that."""
+        if self._upstream.envelope is None and self._upstream.info.flags & DeviceFlags.PCI:
+            size = min(self._upstream.client.region_info(_CONFIG).size, config.SIZE)
+            self._config = self._upstream.client.read_bytes(_CONFIG, 0, size).ljust(config.SIZE, b"\0")
+
     # -- coming to rest and back ------------------------------------------------------------------------------------------------
+
+    def enter_p2p(self) -> None:
+        self._look()  # the vCPU has stopped: nobody writes there any more
 
     def stop(self) -> None:
         if self.state is _S.PRE_COPY_P2P:
@@ -94,8 +112,11 @@ class Bridge(Participant):
     def save(self) -> dict[str, object]:
         """What the server is. Its state is streamed, all of it."""
         envelope = self._upstream.envelope
+        if self.state in RESPONDING:
+            self._look()
         return {
             "model": self._model,
+            "config": self._config,
             "server_type": envelope.type if envelope else "",
             "server_id": envelope.instance if envelope else "",
             "server_version": envelope.version if envelope else 0,
@@ -110,6 +131,16 @@ class Bridge(Participant):
                     f"the state sent has {key} {state[key]!r}, and here it is {mine[key]!r}",
                     "start the same server on both hosts",
                 )
+        if bool(state["config"]) != bool(self._config) or len(state["config"]) not in (0, config.SIZE):
+            raise self._refused(
+                f"the state sent has {len(state['config'])} bytes of configuration space, and here there are {len(self._config)}",
+                "start the same server on both hosts",
+            )
+        if wrong := config.of_one_function(self._config, state["config"]) if self._config else []:
+            raise self._refused(
+                f"the state sent is of another PCI function: {'; '.join(wrong)}",
+                "start the same server on both hosts",
+            )
         envelope = self._upstream.envelope
         version, digest = state["server_version"], state["server_digest"]
         if envelope is not None and version not in envelope.readable:
@@ -129,6 +160,20 @@ class Bridge(Participant):
         if not self._data.ended:
             raise self._refused("its server's data has not come to its end", "see both logs")
         self._upstream.go(_S.STOP, Phase.LOAD)
+        self._put_back(state["config"])
+
+    def _put_back(self, theirs: bytes) -> None:
+        if not self._config:
+            return
+        for register in config.registers(self._config):
+            try:
+                self._upstream.client.write_bytes(_CONFIG, register.offset, config.value(theirs, register))
+            except RequestRefused as error:
+                raise self._refused(
+                    f"its server does not take its configuration space back, at {register.offset:#x}: {error.reason}",
+                    "see the server's log",
+                ) from error
+        self._config = theirs
 
     def _refused(self, reason: str, remedy: str) -> DeviceRefused:
         return self._upstream.refused(reason, remedy, Phase.LOAD)
@@ -149,6 +194,13 @@ class Bridge(Participant):
 
     def make_tracker(self, name: str) -> Tracker:
         return DmaLogTracker(self._upstream, self.memory)
+
+    def wrote_for_server(self, address: int, size: int) -> None:
+        """The server has had us write there, by a message: of that its own log knows nothing. From any thread."""
+        tracker = self.memory.tracker
+        for window in self.memory.windows:
+            if tracker is not None and not window.private and window.covers(address, size):
+                tracker.mark(GuestAddress(window.region.gpa + window.offset + address - window.address), size)
 
     def before_unmap(self, address: int, size: int) -> None:
         """The VMM takes a window back, and with it goes the server's log of it."""

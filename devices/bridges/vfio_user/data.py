@@ -7,11 +7,11 @@ its end when the server, stopped, answers a read with nothing. Chunks are migrat
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Final
 
 from devices.bridges.vfio_user.upstream import Upstream
 from devices.protocols.vfio_user.client import RequestRefused
-from devices.protocols.vfio_user.feature_messages import MigrationFlags
 from migrate.errors import DeviceRefused, Phase
 from migrate.state import chunks
 from migrate.state.lifecycle import DeviceState
@@ -24,8 +24,10 @@ _MOST: Final = 4 << 20
 class MigData:
     """What devices.kit.stream.Streamed wants."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, stands_still: Callable[[], bool]) -> None:
+        """:param stands_still: whether the device does by the bus's word."""
         self._upstream = upstream
+        self._stands_still = stands_still
         #: Whether data is being read, and whether the device is stopped, so that it comes to an end.
         self._open = self._stopped = False
         self._number = 0
@@ -44,13 +46,12 @@ class MigData:
     # -- out ------------------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A session begins, of a device that runs or stands still; a server without PRE_COPY gives its data once it stands."""
+        """A session begins, of a device that runs or stands still; others give their data once they stand."""
         self._anew()
-        state = self._upstream.state()
-        self._stopped = state in (_S.STOP, _S.STOP_COPY)
+        self._stopped = self._stands_still() or self._upstream.state() in (_S.STOP, _S.STOP_COPY)
         if self._stopped:
             self._upstream.go(_S.STOP_COPY, Phase.SAVE)
-        elif self._upstream.flags & MigrationFlags.PRE_COPY:
+        elif self._upstream.copies_ahead:
             self._upstream.go(_S.PRE_COPY, Phase.PRECOPY)
         self._open = True
 
@@ -68,7 +69,7 @@ class MigData:
         """Some of the data (empty: none now), and an estimate of what is left: never 0 before the end of a stopped device."""
         if not self._open or max_bytes <= chunks.OVERHEAD:
             raise self._refused("no data can be read now", Phase.SAVE)
-        if self.ended or not (self._stopped or self._upstream.flags & MigrationFlags.PRE_COPY):
+        if self.ended or not (self._stopped or self._upstream.copies_ahead):
             return b"", 0
         data = bytearray()
         most = min(max_bytes - chunks.OVERHEAD, _MOST)

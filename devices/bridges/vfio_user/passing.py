@@ -49,6 +49,7 @@ class Passing:
         self._upstream = upstream
         self._client = client = upstream.client
         bridge.memory.by_windows = True
+        client.shared.wrote = bridge.wrote_for_server
         self.pci = bool(upstream.info.flags & DeviceFlags.PCI)
         regions = [client.region_info(index) for index in range(upstream.info.regions)]
         self.regions = [
@@ -127,9 +128,18 @@ class Passing:
                     errno.EBUSY,
                     "memory that is not the machine's cannot be mapped while writes are tracked",
                 )
+            # libvfio-user's servers may ask by messages for what they could map.
             with _blame():
-                self._client.dma_map(window.address, window.size, fd, window.offset, writable=writable)
+                self._client.dma_map(
+                    window.address,
+                    window.size,
+                    fd,
+                    window.offset,
+                    writable=writable,
+                    memory=memory.windows[-1].view,
+                )
         except BaseException:
+            self._client.shared.remove(window.address)
             memory.unmap_window(window.address, window.size)
             raise
 
@@ -141,6 +151,7 @@ class Passing:
             self._bridge.before_unmap(address, size)
         with self._as_it_can():
             self._client.dma_unmap(address, size)
+        self._client.shared.remove(address)
         self._bridge.memory.unmap_window(address, size)
 
     def log_dma(self, log: DmaLog | None) -> None:

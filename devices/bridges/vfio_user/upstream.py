@@ -6,6 +6,7 @@ that remains: what any server of VFIO's migration v2 understands.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -39,6 +40,8 @@ SECONDS: Final = 3.5
 START_SECONDS: Final = 20.0
 _RETRY: Final = 0.02
 _P2P: Final = frozenset({_S.RUNNING_P2P, _S.PRE_COPY_P2P})
+_STILL: Final = frozenset({_S.STOP, _S.STOP_COPY})
+_SAVING: Final = frozenset({_S.PRE_COPY, _S.PRE_COPY_P2P, _S.STOP_COPY})
 #: Where a session of reading or writing was left open by whoever had the server before.
 _HALFWAY: Final = frozenset({_S.ERROR, _S.RESUMING})
 
@@ -97,7 +100,7 @@ class Upstream:
                     device=device,
                 )
             time.sleep(_RETRY)
-        client = Client.connect(socket, device=device, timeout=SECONDS)
+        client = Client.connect(socket, device=device, timeout=SECONDS, twin=True)
         try:
             return cls(device, client)
         except BaseException:
@@ -109,6 +112,12 @@ class Upstream:
             return self.migration.envelope()
         except RequestRefused:
             return None
+
+    @property
+    def copies_ahead(self) -> bool:
+        """Whether data is read of it while it runs. libvfio-user says PRE_COPY of every device, of some of which the data of then
+        means nothing; and who is not told what is left cannot tell when there is enough of it."""
+        return self.counts and bool(self.flags & MigrationFlags.PRE_COPY)
 
     @property
     def remaining(self) -> Remaining | None:
@@ -152,6 +161,8 @@ class Upstream:
     def power_on(self) -> None:
         """Its state after power-on, wherever it was; a server that has no reset must have just been started."""
         if self.info.flags & DeviceFlags.RESET:
+            if not self.obstacle and self.state() in _STILL:
+                self.go(_S.RUNNING, Phase.SETUP)  # libvfio-user refuses a reset, and more, in these
             self.client.reset()
         elif not self.obstacle and self.state() in _HALFWAY:
             raise self.refused(
@@ -159,19 +170,20 @@ class Upstream:
             )
 
     def settle(self, *, incoming: bool) -> None:
-        """STOP, as a machine's device that waits for its start; out of whatever an earlier client left.
+        """Out of whatever an earlier client left. One that runs is not stopped before its machine has begun: it has nothing to do,
+        and libvfio-user refuses memory and interrupts to one that is in STOP.
 
         :param incoming: it waits for a state. One that was started for that is not made to run first: it would want its disk.
         """
         if self.obstacle:
             if incoming:
                 raise self.refused(self.obstacle, "see which servers this host has", Phase.SETUP)
-            return  # it cannot be stopped, and runs with nothing to do
-        if incoming and self.state() is _S.RESUMING:
-            return
-        if self.state() in _HALFWAY:
+            return  # it cannot be stopped
+        state = self.state()
+        if state in _HALFWAY and not (incoming and state is _S.RESUMING):
             self.power_on()
-        self.go(_S.STOP, Phase.SETUP)
+        elif state in _SAVING or (state is _S.STOP and self.envelope is None and not incoming):
+            self.go(_S.RUNNING, Phase.SETUP)
 
     # -- errors ---------------------------------------------------------------------------------------------------------------
 
@@ -183,11 +195,15 @@ class Upstream:
     def watch(self, gone: Callable[[], None]) -> None:
         """Call `gone`, on a thread of its own, when the server closes its end and nobody has closed ours."""
         fd = os.dup(self.client.fileno())
+        # What comes is whoever's that calls; but a server without a twin socket may ask for memory here at any time.
+        asks = 0 if self.client.server.twin_socket else select.POLLIN
 
         def wait() -> None:
             poll = select.poll()
-            poll.register(fd, 0)  # nothing but the end: what comes is whoever's that calls
-            poll.poll()
+            poll.register(fd, asks)
+            with contextlib.suppress(FerryError):
+                while not any(event & ~select.POLLIN for _, event in poll.poll()):
+                    self.client.serve()
             os.close(fd)
             if not self._ending.is_set():
                 gone()

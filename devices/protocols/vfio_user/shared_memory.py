@@ -1,4 +1,5 @@
-"""A client's memory that a server cannot map: windows that it reads and writes by DMA_READ and DMA_WRITE, and who answers those.
+"""A client's memory that a server cannot map, or does not: windows that it reads and writes by DMA_READ and DMA_WRITE, and who
+answers those.
 
 With a twin socket a thread of its own answers, at any time. In line they come in the midst of calls (connection.py), and between
 calls nobody looks: a client whose device may ask at any time wants the twin socket, or calls `Client.serve`.
@@ -11,6 +12,7 @@ import errno
 import logging
 import socket
 import threading
+from collections.abc import Callable
 
 from devices.protocols.channel import READ_LARGE, READ_SIZE, receive
 from devices.protocols.vfio_user.framing import Assembler, Message
@@ -41,6 +43,8 @@ class SharedByMessage:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._windows: dict[int, tuple[memoryview, bool]] = {}
+        #: Told of what a server has written, address and bytes, before it is answered: whoever writes keeps the log.
+        self.wrote: Callable[[int, int], None] | None = None
 
     def add(self, address: int, memory: memoryview, *, writable: bool) -> bool:
         """False: there is one at this address, which stays as it is."""
@@ -86,8 +90,10 @@ class SharedByMessage:
                     if not writable:
                         raise refused(errno.EPERM, f"{count} bytes at {address:#x} may only be read")
                     memory[at : at + count] = data
+                    if self.wrote is not None:
+                        self.wrote(address, count)
                     return DMA.pack(address, count)
-        raise invalid(f"{count} bytes at {address:#x} are in no window without a descriptor")
+        raise invalid(f"{count} bytes at {address:#x} are in no window that is shared by messages")
 
 
 class Twin:

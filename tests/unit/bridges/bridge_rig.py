@@ -85,12 +85,12 @@ def move(source: Bridged, destination: Bridged, meanwhile: Callable[[], None] = 
     destination.go("RESUMING")
     source.go("PRE_COPY")
     carry(source, destination)
-    destination.runtime.check_incoming(source.runtime.save_as(1))
+    destination.runtime.check_incoming(source.runtime.save_as(2))
     meanwhile()
     source.go("STOP_COPY")
     assert source.bridge.state in SAVING_GROUP
     destination.runtime.stage(
-        source.runtime.save_as(1)
+        source.runtime.save_as(2)
     )  # before the last chunks: it is the Apply that comes after them
     carry(source, destination)
     destination.runtime.apply()

@@ -4,7 +4,7 @@
     RUNNING, RUNNING_P2P     RUNNING. vfio-user has no P2P states, so between the two phases of a stop the device goes on by itself.
                              Nobody is left whom it could disturb: the vCPU has stopped, and devices do not reach each other. Its
                              interrupts wait in their eventfds, and what it writes is collected after it has stopped
-    PRE_COPY, PRE_COPY_P2P   PRE_COPY, if it offers that; else RUNNING
+    PRE_COPY, PRE_COPY_P2P   PRE_COPY, if it offers that and tells what is left; else RUNNING
     STOP, STOP_COPY          the same; but before its machine has begun it runs, with nothing to do: libvfio-user refuses memory and
                              interrupts to one that is in STOP
     RESUMING                 the same; left when the state is applied, so that it is judged there

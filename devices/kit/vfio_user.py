@@ -13,6 +13,7 @@ import errno
 import threading
 from collections.abc import Sequence
 
+from devices.kit.access import MemoryAccess
 from devices.kit.device import Device, RegionInfo
 from devices.kit.irq import Irq
 from devices.kit.runtime import Runtime
@@ -74,12 +75,7 @@ class VfioUserBackend:
             self._device.write(region, offset + at, size, int.from_bytes(data[at : at + size], "little"))
 
     def dma_map(self, window: DmaMap, fd: int) -> None:
-        memory = self._device.memory
-        writable = bool(window.flags & DmaFlags.WRITE)
-        try:
-            memory.map_window(window.address, window.size, fd, window.offset, writable=writable)
-        except MemoryFault as error:
-            raise refused(errno.EINVAL, error.reason) from error
+        map_window(self._device.memory, window, fd)
         self._mapped(window)
 
     def dma_map_remote(self, window: DmaMap, memory: RemoteMemory) -> None:
@@ -128,6 +124,15 @@ class VfioUserBackend:
             self.migration.reset()
         elif not self._runtime.reset_by_vmm():
             self._require_responding()
+
+
+def map_window(memory: MemoryAccess, window: DmaMap, fd: int) -> None:
+    """What DMA_MAP gives, as a window of this process. :raise RequestError: EINVAL: it is not usable as guest memory."""
+    writable = bool(window.flags & DmaFlags.WRITE)
+    try:
+        memory.map_window(window.address, window.size, fd, window.offset, writable=writable)
+    except MemoryFault as error:
+        raise refused(errno.EINVAL, error.reason) from error
 
 
 def aligned_pieces(offset: int, count: int) -> list[tuple[int, int]]:

@@ -38,9 +38,17 @@ class Downtime:
     resume: float = 0.0
     network: float = 0.0
 
-    def known(self) -> float:
-        """All parts but the network."""
-        return self.stop + self.pages + self.save + self.send + self.load + self.commit + self.resume
+    def settle(self, total: float) -> None:
+        """The network is what is left of `total`. Where both sides have counted the same moments (the destination loads while the
+        source still waits to hear that its own last write is done), they are the destination's."""
+        left = total - (
+            self.stop + self.pages + self.save + self.send + self.load + self.commit + self.resume
+        )
+        for name in ("send", "pages", "save"):
+            twice = min(max(-left, 0.0), getattr(self, name))
+            setattr(self, name, getattr(self, name) - twice)
+            left += twice
+        self.network = left if abs(left) > 1e-6 else 0.0  # less than a ns is the rounding of floats
 
 
 @dataclass(slots=True)

@@ -317,7 +317,7 @@ class SourceMigration:
             commit=(committed.took_ns + running.commit_ns) / 1e6,
             resume=running.resume_ns / 1e6,
         )
-        downtime.network = total - downtime.known()
+        downtime.settle(total)
         self.outcome.downtime_ms, self.outcome.downtime = total, downtime
         self.outcome.slowest_device = slowest(stopping["devices"], saves.devices, ready.load_ns)
 

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -388,6 +389,20 @@ def peak_bytes(pid: int) -> int:
 
 #: CAs of tests are this old, so that they can have signed what has expired since.
 LONG_AGO: Final = datetime.now(UTC) - timedelta(days=40)
+
+
+@contextmanager
+def two_hosts(ground: Pen, tomls: Sequence[str]) -> Iterator[tuple[Host, Host]]:
+    """hosta and hostb, each with its host.toml, joined by mutual TLS; nothing of theirs is left."""
+    keys = keys_for(ground, "hosta", "hostb")
+    a, b = (Host(ground, name, keys=keys[name], toml=toml) for name, toml in zip(keys, tomls, strict=True))
+    a.start()
+    b.start()
+    yield a, b
+    for host in (a, b):
+        host.close()
+    assert [str(process) for process in ground.processes()] == []
+    assert ground.sockets() == []
 
 
 def keys_for(pen: Pen, *names: str, ca: str = "pki", expired: bool = False) -> dict[str, Path]:

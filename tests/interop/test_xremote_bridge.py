@@ -461,6 +461,26 @@ def test_one_that_was_saved_runs_on_and_is_saved_again_as_it_is_then(make: Make)
     assert sectors(there.controller.read(9, 1)) == [9]
 
 
+def test_one_that_is_reset_in_pre_copy_is_moved_as_it_is_after_the_reset(make: Make) -> None:
+    here, there = make(), make(incoming=True)
+    here.power_on()
+    here.vmm.region_write(CONFIG, 0x14, 4, 0x9000_0000)
+    here.go("PRE_COPY")
+    here.controller.start(_BIG, 512 * _SECTORS)
+    here.vmm.reset()
+    here.go("STOP_COPY")
+    for chunk in _chunks(here):
+        there.runtime.take_chunk(chunk)
+    there.runtime.stage(here.runtime.save_as(1))
+    there.runtime.apply()
+    there.go("STOP")
+    here.runtime.release_locks()
+    there.go("RUNNING")
+    assert there.vmm.region_read(CONFIG, 0x14, 4) == 0
+    there.power_on()
+    assert sectors(there.controller.read(9, 1)) == [9]
+
+
 def test_two_at_a_time_do_not_have_the_image(make: Make) -> None:
     here, there = make(), make(incoming=True)
     here.power_on()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from devices.bridges.vfio_user.upstream import Upstream
 from devices.kit.device import RegionInfo
+from devices.kit.vfio_user import map_window
 from devices.protocols.vfio_user.backend import RemoteMemory
 from devices.protocols.vfio_user.client import RequestRefused
 from devices.protocols.vfio_user.dma_log import DmaLog
@@ -28,7 +29,7 @@ from devices.protocols.vfio_user.messages import (
     refused,
 )
 from devices.protocols.vfio_user.region_messages import IoEventfd, RegionMemory
-from migrate.errors import DeviceError, MemoryFault
+from migrate.errors import DeviceError
 from migrate.state.lifecycle import RESPONDING
 
 if TYPE_CHECKING:
@@ -117,11 +118,7 @@ class Passing:
 
     def dma_map(self, window: DmaMap, fd: int) -> None:
         memory = self._bridge.memory
-        writable = bool(window.flags & DmaFlags.WRITE)
-        try:
-            memory.map_window(window.address, window.size, fd, window.offset, writable=writable)
-        except MemoryFault as error:
-            raise refused(errno.EINVAL, error.reason) from error
+        map_window(memory, window, fd)
         try:
             if memory.tracker is not None and memory.has_private_windows:
                 raise refused(
@@ -135,7 +132,7 @@ class Passing:
                     window.size,
                     fd,
                     window.offset,
-                    writable=writable,
+                    writable=bool(window.flags & DmaFlags.WRITE),
                     memory=memory.windows[-1].view,
                 )
         except BaseException:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from devices.bridges.xremote.function import BARS, CONFIG_SIZE
 from devices.kit.device import RegionInfo
-from devices.kit.vfio_user import aligned_pieces
+from devices.kit.vfio_user import aligned_pieces, map_window
 from devices.protocols.vfio_user.backend import RemoteMemory
 from devices.protocols.vfio_user.dma_log import DmaLog
 from devices.protocols.vfio_user.messages import DmaFlags, DmaMap, refused
@@ -108,10 +108,7 @@ class Front:
                 errno.ENOTSUP, "multi-process QEMU maps memory for reading and writing, or not at all"
             )
         bridge, memory = self._bridge, self._bridge.memory
-        try:
-            memory.map_window(window.address, window.size, fd, window.offset, writable=True)
-        except MemoryFault as error:
-            raise refused(errno.EINVAL, error.reason) from error
+        map_window(memory, window, fd)
         try:
             with _blame():
                 bridge.wiring.add(bridge.remote.client, window.address, window.size, fd, window.offset)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.leftovers import Pen, pen
-from tests.faults.rig import MACHINE, Host, Said, Trail, eventually, keys_for
+from tests.faults.rig import MACHINE, Host, Said, Trail, eventually, two_hosts
 
 PATIENT = ("--downtime", "5000")
 PYTHON = shlex.quote(sys.executable)
@@ -64,18 +64,8 @@ def ground() -> Iterator[Pen]:
 
 @pytest.fixture(scope="module")
 def hosts(ground: Pen) -> Iterator[tuple[Host, Host]]:
-    keys = keys_for(ground, "hosta", "hostb")
-    both = tuple(
-        Host(ground, name, keys=keys[name], toml=host_toml(side, _storage(ground, side)))
-        for side, name in enumerate(("hosta", "hostb"))
-    )
-    for host in both:
-        host.start()
-    yield both[0], both[1]
-    for host in both:
-        host.close()
-    assert [str(process) for process in ground.processes()] == []
-    assert ground.sockets() == []
+    with two_hosts(ground, [host_toml(side, _storage(ground, side)) for side in (0, 1)]) as both:
+        yield both
 
 
 def _storage(ground: Pen, side: int) -> list[str]:

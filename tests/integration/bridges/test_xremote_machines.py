@@ -14,7 +14,7 @@ import pytest
 
 from devices.bridges.xremote.command import BUILT_IN
 from tests.faults.leftovers import Pen, pen
-from tests.faults.rig import MACHINE, Host, Said, Trail, eventually, ferry, keys_for
+from tests.faults.rig import MACHINE, Host, Said, Trail, eventually, ferry, two_hosts
 from tests.unit.vcpu import disk_journal as journal
 
 pytestmark = pytest.mark.skipif(
@@ -66,18 +66,8 @@ def ground() -> Iterator[Pen]:
 
 @pytest.fixture(scope="module")
 def hosts(ground: Pen) -> Iterator[tuple[Host, Host]]:
-    keys = keys_for(ground, "hosta", "hostb")
-    both = tuple(
-        Host(ground, name, keys=keys[name], toml=host_toml(side, ground.directory / "storage"))
-        for side, name in enumerate(("hosta", "hostb"))
-    )
-    for host in both:
-        host.start()
-    yield both[0], both[1]
-    for host in both:
-        host.close()
-    assert [str(process) for process in ground.processes()] == []
-    assert ground.sockets() == []
+    with two_hosts(ground, [host_toml(side, ground.directory / "storage") for side in (0, 1)]) as both:
+        yield both
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_a_guest_that_powers_off_in_precopy_ends_the_job_and_nothing_is_left_any
     a, b = here
     path = Path(ground.directory / "short.toml")
     path.write_text(
-        MACHINE_TOML.replace(f'"{MACHINE}"', f'"{SHORT}"').replace("dirty=64", "dirty=64 ticks=1500")
+        MACHINE_TOML.replace(f'"{MACHINE}"', f'"{SHORT}"').replace("dirty=64", "dirty=64 ticks=900")
     )
     assert a.ferry("run", str(path)).code == 0
     migrating, job = migrate(a, b, SHORT)

@@ -85,6 +85,11 @@ class Bridge(Participant):
     def enter_p2p(self) -> None:
         self._look()  # the vCPU has stopped: nobody writes there any more
 
+    def leave_p2p(self) -> None:
+        """It runs already, but for a server that was slow to obey a stop which was given up."""
+        if not self._upstream.obstacle and self._upstream.state() in (_S.STOP, _S.STOP_COPY):
+            self._upstream.go(_S.RUNNING, Phase.RESUME)
+
     def stop(self) -> None:
         if self.state is _S.PRE_COPY_P2P:
             self._data.stop()

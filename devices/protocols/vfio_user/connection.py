@@ -1,7 +1,8 @@
 """One connection of a client: blocking calls, each with a deadline. What can be called is client.py's business.
 
-A call is one message and one reply (pipelining.py has other ways). After a missed deadline or a broken
-connection it is of no use any more (a late reply could be taken for the next one): make a new one.
+A call is one message and one reply (pipelining.py has other ways). One whose deadline was missed leaves the connection as it is: a
+reply that comes late is known by its number, and dropped. Where a message went in part, or the connection broke, it is of no use
+any more.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from migrate.errors import DeviceGone, DeviceRefused, DeviceTimeout, FerryError,
 #: Seconds for one call. A device answers in microseconds; while it is being saved, in milliseconds.
 TIMEOUT = 5.0
 _RETRY = 0.01
+#: Replies that may be owed to calls whose deadlines were missed; a device that owes more is given up.
+_MOST_LATE = 64
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -71,6 +74,9 @@ class Connection:
         self._id = 0
         self._dead: str | None = None
         self._shortened = False
+        self._half_sent = False
+        #: Numbers of calls whose deadline was missed: their replies are yet to come.
+        self._late: set[int] = set()
         self._twin: Twin | None = None
         #: What the server can take.
         self.server = Capabilities()
@@ -166,8 +172,8 @@ class Connection:
         """The payload of the reply.
 
         :param keep: takes the descriptors that come with the reply, the caller's from there on; else they are closed.
-        :raise RequestRefused: the device said no. DeviceTimeout, DeviceGone, DeviceRefused (it broke the protocol): the
-            connection is of no use any more.
+        :raise RequestRefused: the device said no. DeviceTimeout: it may yet do what it was told. DeviceGone, DeviceRefused (it
+            broke the protocol): the connection is of no use any more.
         """
         with self._lock:
             deadline = self._begin()
@@ -178,10 +184,10 @@ class Connection:
                 )
                 # What the device asks may have come together with the last reply, and it waits for the answer.
                 reply = self._next(deadline) if self._assembler.pending else self._receive(deadline)
-                if not reply.header.flags & TYPE_MASK:
+                if self._late or not reply.header.flags & TYPE_MASK:
                     reply = self._serve(reply, deadline)
             except (OSError, FerryError) as error:
-                self._lost(command, error)
+                self._lost(command, error, number)
             if keep is not None:
                 keep += reply.fds
                 reply.fds = []
@@ -206,13 +212,24 @@ class Connection:
         return reply.payload
 
     def _serve(self, asked: Message, deadline: float) -> Message:
-        """Answer what the device asks in line, until the reply comes."""
-        while not asked.header.flags & TYPE_MASK and asked.header.command in SERVED:
-            self._answer(asked, deadline)
+        """Answer what the device asks in line, and drop what comes too late, until the reply comes."""
+        while self._drop_late(asked) or (
+            not asked.header.flags & TYPE_MASK and asked.header.command in SERVED
+        ):
+            if not asked.header.flags & TYPE_MASK:
+                self._answer(asked, deadline)
             if time.monotonic() > deadline:
                 raise BlockingIOError
             asked = self._next(deadline)
         return asked
+
+    def _drop_late(self, message: Message) -> bool:
+        """Whether it is the reply to a call that nobody waits for any more."""
+        if not message.header.flags & TYPE_MASK or message.header.id not in self._late:
+            return False
+        self._late.discard(message.header.id)
+        message.close()
+        return True
 
     def _answer(self, asked: Message, deadline: float) -> None:
         answer = self.shared.answer(asked)
@@ -224,9 +241,13 @@ class Connection:
         message = self._assembler.next()
         return self._receive(deadline) if message is None else message
 
-    def _lost(self, command: Command, error: OSError | FerryError) -> NoReturn:
+    def _lost(self, command: Command, error: OSError | FerryError, number: int | None = None) -> NoReturn:
+        """:param number: of the one call that was sent, and was waited for."""
         if isinstance(error, BlockingIOError):
-            self._end("a deadline was missed")
+            if number is None or self._half_sent or len(self._late) >= _MOST_LATE:
+                self._end("a deadline was missed")
+            else:
+                self._late.add(number)
             raise DeviceTimeout(
                 f"no answer to vfio-user {command.name} within {self.timeout:g} s",
                 remedy="the device hangs, or another client is connected to it",
@@ -239,6 +260,7 @@ class Connection:
         self._fail(error.reason)
 
     def _send(self, data: bytes, fds: Sequence[int], deadline: float) -> None:
+        self._half_sent = True
         if fds:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
             sent = self._socket.sendmsg((data,), (rights,))
@@ -247,6 +269,7 @@ class Connection:
         while sent < len(data):
             self._shorten(deadline)
             sent += self._socket.send(memoryview(data)[sent:])
+        self._half_sent = False
 
     def _receive(self, deadline: float) -> Message:
         data, fds, truncated = receive(self._socket)

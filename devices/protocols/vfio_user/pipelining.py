@@ -70,7 +70,7 @@ class Pipelining(Connection):
         """The oldest reply that is waited for; the bytes of its command."""
         number, size = waiting.popleft()
         reply = self._next(deadline)
-        if not reply.header.flags & TYPE_MASK:
+        if self._late or not reply.header.flags & TYPE_MASK:
             reply = self._serve(reply, deadline)
         try:
             replies.append(self._checked(reply, command, number))
@@ -95,6 +95,8 @@ class Pipelining(Connection):
                 try:
                     if asked is None:
                         asked = self._receive(deadline)
+                    if self._drop_late(asked):
+                        continue
                     if asked.header.flags & TYPE_MASK:
                         asked.close()
                         self._fail(f"a reply that nobody waits for: {asked.header}")

@@ -463,6 +463,35 @@ def test_a_server_that_is_not_there_or_ends_at_once_is_said_so(tmp_path: Path) -
     assert told.value.device == "nic0"
 
 
+def test_a_server_that_stops_too_late_goes_on_when_its_machine_does(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stop was given up, and has taken effect all the same."""
+    monkeypatch.setattr("devices.bridges.vfio_user.upstream.SECONDS", 0.3)
+
+    class Late(Foreign):
+        late = True
+
+        def set_state(self, state: int) -> None:
+            if state == S.STOP and self.late:
+                self.late = False
+                time.sleep(0.5)
+            super().set_state(state)
+
+    server = Late()
+    bridged = make(foreign(server))
+    bridged.go("RUNNING")
+    with pytest.raises(DeviceTimeout):
+        bridged.go("STOP")
+    assert bridged.bridge.state == "RUNNING_P2P"
+    time.sleep(0.4)
+    assert server.state == S.STOP
+    bridged.go("RUNNING")
+    assert server.state == S.RUNNING
+    bridged.go("STOP")
+    assert server.state == S.STOP
+
+
 # -- as libvfio-user's servers are -------------------------------------------------------------------------------------------
 
 

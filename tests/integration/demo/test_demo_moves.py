@@ -30,8 +30,8 @@ def test_the_guest_moves_and_the_last_line_tells_everything(played: DemoRun) -> 
     assert played.phases == ["preflight", "pre-copy", "stop", "save", "load", "commit", "resume"]
 
 
-@pytest.mark.demo("--devices", "vfio-user", "--back", "--keep", *PATIENT)
-def test_devices_that_know_no_bus_move_there_and_back_over_vfio_user_alone(played: DemoRun) -> None:
+@pytest.mark.demo("--devices", "vfio-user", "--keep", *PATIENT)
+def test_devices_that_know_no_bus_move_over_vfio_user_alone(played: DemoRun) -> None:
     """State and dirty log; the disk's lock goes with it, for there is one image."""
     check_moved(played, clock_moves=False)
     assert played.kept is not None
@@ -43,8 +43,8 @@ def test_devices_that_know_no_bus_move_there_and_back_over_vfio_user_alone(playe
 
 
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed")
-@pytest.mark.demo("--devices", "x-remote", "--back", "--keep", *PATIENT)
-def test_a_scsi_controller_of_qemus_moves_there_and_back_beside_our_devices(played: DemoRun) -> None:
+@pytest.mark.demo("--devices", "x-remote", "--keep", *PATIENT)
+def test_a_scsi_controller_of_qemus_moves_beside_our_devices(played: DemoRun) -> None:
     check_moved(played)
     assert played.kept is not None
     types = {path.stem: blob.unpack(path.read_bytes()).type for path in played.kept.glob("*.blob")}

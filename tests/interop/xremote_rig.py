@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from devices.bridges.models import command_of
@@ -15,11 +20,16 @@ from devices.protocols.vfio_user.client import Client
 from devices.protocols.vfio_user.server import Server
 from devices.virtio.backing import Image
 from migrate.memory.memfd import create_memfd
+from tests.faults.rig import eventually
 from tests.interop.qemu_world import QEMU
-from tests.interop.scripts import Controller
+from tests.interop.scripts import Controller, read
 
 SIZE = 64 << 20
 CONFIG = 7
+SECTORS = 8192
+BIG = read(0, SECTORS)  # takes QEMU several steps
+#: The controller's script RAM: a BAR whose every byte can be written and read back.
+RAM = 2
 #: Besides the built-in one, other functions of QEMU's that have an INTx.
 MODELS = {
     **BUILT_IN,
@@ -98,6 +108,9 @@ class Bridged:
             os.close(fd)
 
 
+Make = Callable[..., Bridged]
+
+
 def move(source: Bridged, destination: Bridged) -> int:
     """As the coordinators do it; bytes of the stream. Guest memory goes along."""
     source.go("PRE_COPY")
@@ -121,3 +134,44 @@ def carry(source: Bridged, destination: Bridged, most: int = 16 << 20) -> int:
         size += len(chunk)
         if not left:
             return size
+
+
+@contextmanager
+def bridges() -> Iterator[Make]:
+    """Bridges over one image. No process and no descriptor of theirs is left."""
+    directory = Path(tempfile.mkdtemp(prefix="vf-", dir="/tmp"))
+    image = directory / "disk.img"
+    image.write_bytes(b"".join(struct.pack("<I", sector) * 128 for sector in range(SECTORS)))
+    before = len(os.listdir("/proc/self/fd"))
+    with ExitStack() as stack:
+        made: list[Bridged] = []
+
+        def one(**fields: object) -> Bridged:
+            made.append(Bridged(directory / str(len(made)), image, **fields))  # type: ignore[arg-type]
+            stack.callback(made[-1].close)
+            return made[-1]
+
+        yield one
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, "no descriptor is left")
+    shutil.rmtree(directory)
+
+
+def sectors(data: bytes) -> list[int]:
+    return [struct.unpack_from("<I", data, at)[0] for at in range(0, len(data), 512)]
+
+
+def slow(bridged: Bridged, bytes_a_second: int) -> None:
+    limits = dict.fromkeys(("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    assert bridged.remote._monitor is not None
+    bridged.remote._monitor.execute(
+        "block_set_io_throttle", {"device": f"{NAME}-disk", "bps": bytes_a_second, **limits}
+    )
+
+
+def chunks_of(here: Bridged) -> list[bytes]:
+    assert here.bridge.streamed is not None
+    sent, left = [], 1
+    while left:
+        chunk, left = here.bridge.streamed.read_chunk(4096)
+        sent.append(chunk)
+    return sent

@@ -13,8 +13,11 @@ from devices.kit.runtime import VFIO_USER, Runtime
 from devices.kit.vfio_user import VfioUserBackend
 from devices.protocols.vfio_user.backend import Backend
 from devices.protocols.vfio_user.client import Client
+from devices.protocols.vfio_user.feature_messages import Envelope, MigrationFlags, MigrationState, Remaining
 from devices.protocols.vfio_user.server import Server
 from migrate.state.lifecycle import SAVING_GROUP
+
+S = MigrationState
 
 
 class Bridged:
@@ -59,6 +62,9 @@ class Bridged:
                 device.streamed.close()
 
 
+Make = Callable[..., Bridged]
+
+
 def serve(device: Device, moved_by: str = VFIO_USER) -> Backend:
     """A device of ours as a server that knows nothing of a bus; it runs, as vfio-user's devices do."""
     runtime = Runtime(device, tracker="log" if device.writes_memory else None, moved_by=moved_by)
@@ -95,3 +101,59 @@ def move(source: Bridged, destination: Bridged, meanwhile: Callable[[], None] = 
     carry(source, destination)
     destination.runtime.apply()
     destination.go("STOP")
+
+
+class Foreign:
+    """The migration of somebody else's server: no PRE_COPY, no extensions, and short reads at every turn."""
+
+    offered = True
+    flags = int(MigrationFlags.STOP_COPY)
+
+    def __init__(self, data: bytes = b"", only: int = 3) -> None:
+        self.state = int(S.RUNNING)
+        self.seen: list[str] = []
+        self.data = data
+        self.taken = b""
+        self._only = only
+        self._at = 0
+        self.refuse: set[int] = set()
+
+    def set_state(self, state: int) -> None:
+        from devices.protocols.vfio_user.messages import invalid
+
+        if state in self.refuse:
+            raise invalid("told to refuse")
+        self.seen.append(S(state).name)
+        self.state, self._at = state, 0
+
+    def read(self, size: int) -> bytes:
+        piece = self.data[self._at : self._at + min(size, self._only)]
+        self._at += len(piece)
+        return piece
+
+    def write(self, data: memoryview) -> None:
+        self.taken += bytes(data)
+
+    def remaining(self) -> Remaining:
+        from devices.protocols.vfio_user.messages import invalid
+
+        raise invalid("no such feature")
+
+    def envelope(self) -> Envelope:
+        from devices.protocols.vfio_user.messages import invalid
+
+        raise invalid("no such feature")
+
+    def choose_version(self, version: int) -> None: ...
+    def client_gone(self) -> None: ...
+
+
+def foreign(migration: Foreign | None) -> object:
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "vfio_user"))
+    from vfio_user_backend import MemoryBackend
+
+    backend = MemoryBackend()
+    backend.migration = migration
+    return backend

@@ -230,7 +230,7 @@ class World:
         assert synced
         lost = {block: report.generations.get(block, 0) for block in report.lost(synced, BLOCKS)}
         assert lost == {}, (
-            f"of {synced} that were acknowledged, of the images' {max(report.generations.values())}"
+            f"lost {lost} of {synced} that were acknowledged; the image's last is {max(report.generations.values())}"
         )
 
     def one_disk_at_a_time(self) -> None:

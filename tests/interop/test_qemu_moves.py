@@ -70,6 +70,7 @@ def test_what_it_acknowledged_before_the_end_is_on_the_disk(world: World) -> Non
     there.ticks_on()
     there.tell_guest("quit")
     eventually(lambda: not there.state(), "the guest has powered off")
+    assert b"CORRUPT" not in there.console()[seen:]  # a failed write or fsync is said so
     world.disk_is_whole(max(synced, console.last_synced(there.console()[seen:])))
 
 

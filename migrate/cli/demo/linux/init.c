@@ -8,8 +8,10 @@
  *   diskmb=MIB [16]     how much of it
  *   pause=MS [5]        between two requests
  *
- * Lines on the serial port: `ready`, `tick N T`, `synced G` (all writes up to generation G last), `CORRUPT …`, `corrupt K` (so many
- * so far), and in answer to the line `check`: `checked pages=P blocks=B corrupt=K synced=G`. The line `quit` powers off.
+ * Lines on the serial port: `ready`, `tick N T`, `synced G` (all writes up to generation G last; never said again once a write or
+ * an fsync has failed), `CORRUPT …`, `corrupt K` (so many so far), and in answer to the line `check`: `checked pages=P blocks=B
+ * corrupt=K synced=G`. The line `quit` powers off, once no request is out: newer kernels break their virtio devices at a
+ * shutdown (seen of Debian's 6.1.192), and what a process writes after that fails.
  *
  * A block on the disk: 128 sectors, each with magic, block, generation, sector (64 bits each, little-endian), then 60 words
  * mix(block, generation, sector * 64 + position).
@@ -124,7 +126,7 @@ static u64 mix(u64 a, u64 b, u64 c)
 }
 
 /* What the two processes share. */
-struct shared { volatile u64 corrupt, synced, asked, answered, blocks, on_disk; };
+struct shared { volatile u64 corrupt, synced, asked, answered, blocks, on_disk, ending, at_work; };
 static struct shared *shared;
 
 static void corrupt(const char *what, const char *where, u64 at, u64 expected, u64 got)
@@ -174,6 +176,7 @@ static void verify(u64 page)
 /* -- the disk --------------------------------------------------------------------------------------------------------------- */
 
 static int disk;
+static int failed; /* a write or an fsync: what lasts is not known any more */
 static u64 written[MAX_BLOCKS]; /* generation of each block, 0: never written */
 
 static void errno_of(long result)
@@ -193,9 +196,22 @@ static void write_block(u8 *buffer, u64 block, u64 again)
 			word[i] = mix(block, again, sector * SECTOR_WORDS + i);
 	}
 	long result = call(SYS_pwrite, disk, (long)buffer, BLOCK, (long)(block * BLOCK), 0, 0);
-	if (result != BLOCK)
+	if (result != BLOCK) {
 		errno_of(result);
+		failed = 1;
+	}
 	written[block] = again;
+}
+
+/* Whether all writes so far last. */
+static int sync_disk(void)
+{
+	long result = CALL(SYS_fsync, disk, 0, 0);
+	if (result) {
+		errno_of(result);
+		failed = 1;
+	}
+	return !failed;
 }
 
 static void read_block(u8 *buffer, u64 block)
@@ -224,11 +240,11 @@ static void disk_process(u64 blocks, u64 pause, int tells)
 {
 	u8 *buffer = memory(BLOCK, 0), *into = memory(ARENA, 0);
 	u64 again = 0, seed = 1, slot = 0;
-	for (;;) {
+	while (!shared->ending) {
 		if (tells && shared->asked != shared->answered) {
 			u64 seen = 0;
-			CALL(SYS_fsync, disk, 0, 0);
-			shared->synced = again;
+			if (sync_disk())
+				shared->synced = again;
 			for (u64 block = 0; block < blocks; block++)
 				if (written[block]) {
 					read_block(into + slot++ % (ARENA / BLOCK) * BLOCK, block);
@@ -241,15 +257,15 @@ static void disk_process(u64 blocks, u64 pause, int tells)
 		write_block(buffer, again % blocks, again);
 		if (again % 8 == 0) {
 			struct line line = { .size = 0 };
-			long result = CALL(SYS_fsync, disk, 0, 0);
-			if (result)
-				errno_of(result);
+			int lasts = sync_disk();
 			if (!tells)
 				continue;
-			shared->synced = again;
-			put(&line, "synced ");
-			number(&line, again);
-			say(&line);
+			if (lasts) {
+				shared->synced = again;
+				put(&line, "synced ");
+				number(&line, again);
+				say(&line);
+			}
 		}
 		seed = mix(seed, again, 7);
 		u64 block = seed % blocks;
@@ -257,12 +273,17 @@ static void disk_process(u64 blocks, u64 pause, int tells)
 			read_block(into + slot++ % (ARENA / BLOCK) * BLOCK, block);
 		sleep_ms(pause);
 	}
+	__atomic_sub_fetch(&shared->at_work, 1, __ATOMIC_SEQ_CST);
+	CALL(SYS_exit, 0, 0, 0);
 }
 
 /* -- the beginning and the end ------------------------------------------------------------------------------------------------ */
 
 static void end(void)
 {
+	shared->ending = 1;
+	for (u64 tries = 0; shared->at_work && tries < 500; tries++) /* a disk that hangs does not keep us */
+		sleep_ms(10);
 	CALL(SYS_reboot, 0xfee1dead, 672274793, 0x4321fedc);
 	for (;;)
 		sleep_ms(1000);
@@ -358,6 +379,7 @@ void main(char **argv)
 			errno_of(disk);
 		else {
 			shared->on_disk |= !which;
+			__atomic_add_fetch(&shared->at_work, 1, __ATOMIC_SEQ_CST);
 			if (!CALL(SYS_fork, 0, 0, 0))
 				disk_process(blocks > MAX_BLOCKS ? MAX_BLOCKS : blocks, pause, !which);
 		}

@@ -39,8 +39,7 @@ def pair(ground: Pen, keys: dict[str, Path]) -> Iterator[tuple[Host, Host]]:
     yield hosts
     for host in hosts:
         host.close()
-    assert [str(process) for process in ground.processes()] == []
-    assert ground.sockets() == []
+    assert (left := ground.at_work()) == [], left
 
 
 @pytest.fixture

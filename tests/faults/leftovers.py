@@ -70,13 +70,17 @@ class Pen:
             if f" {self.directory}/" in line
         ]
 
+    def at_work(self) -> list[str]:
+        """Processes and bound sockets that are left, a line each; waits for what is just ending: a machine's processes are killed
+        by the kernel, each after the one that started it."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while (found := [*map(str, self.processes()), *self.sockets()]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
+
     def left(self, *allowed: str) -> list[str]:
         """What is left, a line a thing; waits for what is just ending. Files of these names may stay."""
-        deadline = time.monotonic() + GRACE_SECONDS
-        while found := [*map(str, self.processes()), *self.sockets()]:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
+        found = self.at_work()
         shared = [f"{_SHARED}/{name}" for name in _names(_SHARED) - self._shared if "ferry" in name]
         return [*found, *shared, *(f"{self.directory}/{n}" for n in _names(self.directory) - set(allowed))]
 

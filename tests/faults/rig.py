@@ -401,8 +401,7 @@ def two_hosts(ground: Pen, tomls: Sequence[str]) -> Iterator[tuple[Host, Host]]:
     yield a, b
     for host in (a, b):
         host.close()
-    assert [str(process) for process in ground.processes()] == []
-    assert ground.sockets() == []
+    assert (left := ground.at_work()) == [], left
 
 
 def keys_for(pen: Pen, *names: str, ca: str = "pki", expired: bool = False) -> dict[str, Path]:

@@ -127,8 +127,7 @@ def test_a_port_in_use_is_told_and_the_daemon_leaves_nothing_behind() -> None:
         assert said.code == 2, said
         assert f"port {port} is in use" in line
         assert line.startswith("ferry: ")
-        assert ground.processes() == []
-        assert ground.sockets() == []
+        assert ground.at_work() == []
         # Its lock is free again: the same directory serves with another port.
         host = Host(ground, "c", keys=keys).start()
         second = ferry(ground, *words)
@@ -158,8 +157,7 @@ def test_a_daemon_that_cannot_serve_says_why_and_ends(words: list[str], said: st
         assert done.code == 2, done
         assert said in done.err[-1], done
         assert "Traceback" not in "".join(done.err)
-        assert ground.processes() == []
-        assert ground.sockets() == []
+        assert ground.at_work() == []
 
 
 # -- certificates ----------------------------------------------------------------------------------------------------------

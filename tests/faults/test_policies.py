@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -15,16 +16,25 @@ HOPELESS = ("--bandwidth", "8M", "--downtime", "200")
 
 
 @pytest.fixture(scope="module")
-def busy(ground: Pen) -> Iterator[Pair]:
-    """hostc with a guest that rewrites pages as fast as it can, and hostd."""
+def hosts(ground: Pen) -> Iterator[Pair]:
     hosts = Host(ground, "hostc").start(), Host(ground, "hostd").start()
-    path = ground.directory / "busy.toml"
-    path.write_text(MACHINE_TOML.replace("dirty=64", "storm=1"))
-    assert hosts[0].ferry("run", str(path)).code == 0
-    hosts[0].ticks_on()
     yield hosts
     for host in hosts:
         host.close()
+
+
+@pytest.fixture
+def busy(ground: Pen, hosts: Pair) -> Pair:
+    """hostc with a guest that rewrites pages as fast as it can, and hostd."""
+    if (hosts[0].state(), hosts[1].state()) != ("running", ""):
+        for host in hosts:
+            host.clear()
+        path = ground.directory / "busy.toml"
+        path.write_text(MACHINE_TOML.replace("dirty=64", "storm=1"))
+        said = hosts[0].ferry("run", str(path), "--fresh")
+        assert said.code == 0, said
+        hosts[0].ticks_on()
+    return hosts
 
 
 def stays(c: Host, d: Host, *words: str) -> str:
@@ -58,18 +68,27 @@ def test_a_limit_below_what_saving_and_loading_alone_take_is_said_at_once(busy: 
 def test_one_that_extends_the_limit_arrives_and_says_which_limit_it_took(busy: Pair) -> None:
     c, d = busy
     trail = Trail(c, d)
-    said = c.ferry("migrate", MACHINE, "--to", d.unix, "--json", *HOPELESS, "--on-stall", "extend-downtime")
-    assert (said.code, said.outcome["running_on"]) == (0, "destination"), said
-    assert said.outcome["downtime_ms"] > 200, said
-    c.becomes("")
-    trail.goes(d)
-    d.ticks_on()
-    back = d.ferry("migrate", MACHINE, "--to", c.unix, "--downtime", "5000", "--json")
-    assert back.code == 0, back
-    d.becomes("")
-    trail.goes(c)
-    c.ticks_on()
-    trail.check()
+    extended: list[str] = []
+    for _ in range(
+        3
+    ):  # a guest that this host did not let run for a moment fits the limit that was asked for
+        said = c.ferry(
+            "migrate", MACHINE, "--to", d.unix, "--json", *HOPELESS, "--on-stall", "extend-downtime"
+        )
+        assert (said.code, said.outcome["running_on"]) == (0, "destination"), said
+        c.becomes("")
+        trail.goes(d)
+        d.ticks_on()
+        back = d.ferry("migrate", MACHINE, "--to", c.unix, "--downtime", "5000", "--json")
+        assert back.code == 0, back
+        d.becomes("")
+        trail.goes(c)
+        c.ticks_on()
+        trail.check()
+        told = " ".join(event["warning"] for event in said.events if event["event"] == "warning")
+        if extended := re.findall(r"the downtime limit was extended to (\d+) ms", told):
+            break
+    assert [int(limit) > 200 for limit in extended] == [True], said
 
 
 def test_pages_go_as_fast_as_they_may_and_no_faster(busy: Pair) -> None:

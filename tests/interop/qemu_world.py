@@ -253,7 +253,7 @@ class World:
     def close(self) -> None:
         for host in self.hosts:
             host.close()
-        assert [str(process) for process in self.pen.processes()] == []
+        assert (left := self.pen.at_work()) == [], left
 
 
 def word_for(module: str, *words: str) -> list[str]:

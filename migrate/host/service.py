@@ -65,9 +65,11 @@ class HostFace:
         return sorted(found, key=lambda entry: str(entry["name"]))
 
     async def stop_machine(self, name: str, force: bool) -> None:
-        job = self._jobs.active_of(name)
-        if job is not None and job.kind is not Kind.RECOVER and not force:
-            self._jobs.require_free(name)
+        if not force:
+            await self._after_goodbye(name)
+            job = self._jobs.active_of(name)
+            if job is not None and job.kind is not Kind.RECOVER:
+                self._jobs.require_free(name)
         await self._machines.stop(name, force=force)
 
     async def pause_machine(self, name: str) -> None:
@@ -92,9 +94,7 @@ class HostFace:
             )
         _check(options)
         machine = self._machines.require(name)
-        arrived = self._jobs.active_of(name)
-        if arrived is not None and arrived.kind is Kind.INCOMING and machine.state in _STANDS:
-            await _ended(arrived)
+        await self._after_goodbye(name)
         spec = {
             **self._spec,
             "machine": name,
@@ -113,6 +113,12 @@ class HostFace:
         }
         kind = Kind.CHECK if options.check_only else Kind.MIGRATE
         return self._jobs.start(kind, name, str(destination), spec).id
+
+    async def _after_goodbye(self, name: str) -> None:
+        """An incoming job of a machine that is here has all but ended: it has brought it, or has refused another of its name."""
+        machine, job = self._machines.get(name), self._jobs.active_of(name)
+        if machine is not None and machine.state in _STANDS and job is not None and job.kind is Kind.INCOMING:
+            await _ended(job)
 
     async def recover(self, name: str) -> str:
         return self._doubt.ask(name).id

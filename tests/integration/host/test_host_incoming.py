@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -125,6 +127,21 @@ def test_a_machine_that_runs_here_is_not_received(peer: Peer, host: Host) -> Non
     assert "is on that host already; it is running" in answer["error"]["reason"]
     assert state_of(host) == "running"
     peer.close()
+
+
+def test_a_machine_is_stopped_once_a_job_that_could_not_bring_another_of_its_name_has_gone(
+    peer: Peer, host: Host
+) -> None:
+    run(host, lambda client: client.run_machine(str(host.machine())))
+    peer.want({"event": {"event": "incoming", "machine": "web1", "job": peer.job, "peer": "hostb"}})
+    assert peer.incoming()["code"] == "Usage"
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(lambda: run(host, lambda client: client.stop_machine("web1", force=False)))
+        time.sleep(0.5)
+        assert not stopped.done()
+        peer.close()
+        stopped.result()
+    eventually(lambda: state_of(host) is None, "it has been stopped")
 
 
 @pytest.mark.parametrize(

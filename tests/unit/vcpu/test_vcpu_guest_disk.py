@@ -175,8 +175,10 @@ def sectors_changed_places(guest: Machine) -> None:
         image.write(data[4096 : 4096 * BLOCKS] + data[:4096])
 
 
-def the_image_was_cut_off(guest: Machine) -> None:
-    os.truncate(guest.image, 512)
+def the_image_cannot_be_read(guest: Machine) -> None:
+    only_written = os.open(guest.image, os.O_WRONLY)
+    os.dup2(only_written, guest.devices["virtio-blk"].image._fd)
+    os.close(only_written)
 
 
 def interrupts_do_not_come(guest: Machine) -> None:
@@ -198,7 +200,7 @@ def an_answer_comes_again(guest: Machine) -> None:
         (a_block_is_old, "disk_sector"),
         (a_bit_changed, "disk_data"),
         (sectors_changed_places, "disk_sector"),
-        (the_image_was_cut_off, "disk_status"),
+        (the_image_cannot_be_read, "disk_status"),
         (interrupts_do_not_come, "disk_irq"),
         (an_answer_comes_again, "disk_answer"),
     ],

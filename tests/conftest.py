@@ -15,6 +15,9 @@ IN_CI = bool(os.environ.get("CI"))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# As `ferry` does for what it starts.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # How long an example takes says something of the machine, not of the code: a shared one must not fail a test.
 hypothesis.settings.register_profile("vmferry", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("vmferry")

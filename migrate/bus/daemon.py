@@ -16,10 +16,10 @@ import os
 import re
 import shutil
 import signal
+from html import escape
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote
-from xml.sax.saxutils import escape
 
 from migrate.bus.addresses import address_of
 from migrate.bus.link import Link, check_socket_path
@@ -106,7 +106,9 @@ class PrivateBus:
         ]
         await self._refuse_other()
         try:
-            self._config.write_text(_CONFIG.format(listen=escape(self.address)), encoding="utf-8")
+            self._config.write_text(
+                _CONFIG.format(listen=escape(self.address, quote=False)), encoding="utf-8"
+            )
             with self._log.open("wb") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *command,

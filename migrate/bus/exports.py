@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
-from xml.sax.saxutils import quoteattr
 
 from migrate.bus import failures, library
 from migrate.bus.descriptors import close_if_same, identity, take_fds
@@ -89,7 +88,7 @@ class Exports:
         if here is not None:
             lines += [interface.introspection() for interface in here.values()]
             lines.append(_STANDARD_XML)
-        lines += [f"  <node name={quoteattr(name)}/>" for name in sorted(below)]
+        lines += [f'  <node name="{name}"/>' for name in sorted(below)]
         return Answer("s", ["\n".join([*lines, "</node>\n"])])
 
     def _get(self, path: str, interface: str, name: str) -> Answer:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from xml.sax.saxutils import quoteattr
 
 from migrate.bus import library
 from migrate.errors import LocalProtocolError
@@ -78,7 +77,7 @@ class Interface:
 
     def introspection(self) -> str:
         """The `<interface>` element, as docs/dbus/*.xml has it."""
-        lines = [f"  <interface name={quoteattr(self.name)}>"]
+        lines = [f'  <interface name="{self.name}">']
         lines += [
             f'    <property name="{item.name}" type="{item.signature}" access="read"/>'
             for item in self.properties

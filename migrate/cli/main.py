@@ -54,6 +54,9 @@ class Command(Protocol):
 
 def entry() -> int:
     """The console script. Never raises, but for what argparse does with --help."""
+    # For NumPy, here and in all that is started from here: a BLAS thread for each core, spinning while it waits for work that
+    # never comes, is a third of what starting a device's process costs.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         return main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import textwrap
+import tomllib
 from pathlib import Path
+
+from migrate.machine import config, hostconfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -26,6 +30,27 @@ def test_every_command_it_names_is_one() -> None:
     named = set(re.findall(r"^\s+ferry ([a-z]+)", README, re.MULTILINE))
     assert named
     assert named <= set(COMMANDS), named - set(COMMANDS)
+
+
+def test_the_machine_that_it_shows_is_one(tmp_path: Path) -> None:
+    shown = re.search(r"```toml\n(.*?)```", README, re.DOTALL)
+    assert shown is not None
+    machine = config.parse(tomllib.loads(shown[1]), "README", tmp_path)
+    assert machine.name == "web1"
+    assert [device.type for device in machine.devices] == ["uart16550", "rtc"]
+
+
+def test_the_files_that_the_page_about_them_shows_are_taken_as_they_stand(tmp_path: Path) -> None:
+    page = (ROOT / "docs/machine-toml.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"((?:^    .*\n|^\n)+)", page, re.MULTILINE)]
+    whole, qemu, host = (block.replace(", …", "") for block in blocks if block.strip())
+    machine = config.parse(tomllib.loads(whole), "the page", tmp_path)
+    assert [device.type for device in machine.devices] == ["uart16550", "vfio-user", "x-remote"]
+    head = '[machine]\nname = "web1"\nmemory = "256M"\n'
+    assert config.parse(tomllib.loads(head + qemu), "the page", tmp_path).qemu is not None
+    (tmp_path / "host.toml").write_text(host)
+    offered = hostconfig.load(tmp_path)
+    assert offered.images == (Path("/srv/images"),)
 
 
 def test_every_make_target_it_names_is_one() -> None:

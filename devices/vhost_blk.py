@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Final
 
 from devices.kit import main
 from devices.protocols.vhost_user.device import VhostUserDevice
+from devices.protocols.vhost_user.messages import ProtocolFeature
 from devices.virtio import blk
 from devices.virtio.backing import Image
 from devices.virtio.options import choice, number, serial_of, switch
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 class VhostUserBlk(VhostUserDevice):
     type = "vhost-user-blk"
+    own_protocol: ClassVar[ProtocolFeature] = ProtocolFeature.CONFIG
     options: ClassVar[Mapping[str, str]] = {
         **VhostUserDevice.SOCKET,
         "image": "path of the raw image, a whole number of sectors of 512 bytes",

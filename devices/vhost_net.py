@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final
 
 from devices.kit import main
 from devices.protocols.vhost_user.device import VhostUserDevice
+from devices.protocols.vhost_user.messages import ProtocolFeature
 from devices.virtio.net import RX, TX, NetCore, PacketPort, Receiver
 from devices.virtio.ring import SplitQueue
 from devices.virtio.runner import QueueRunner
@@ -23,6 +24,9 @@ PATIENCE: Final = 2.0
 
 class VhostUserNet(VhostUserDevice):
     type = "vhost-user-net"
+    own_protocol: ClassVar[ProtocolFeature] = ProtocolFeature.RARP
+    #: An address that is announced once the guest may run here.
+    _announced: bytes | None = None
     options: ClassVar[Mapping[str, str]] = {
         **VhostUserDevice.SOCKET,
         "peer": "path of the SOCK_SEQPACKET socket that frames go to and come from",
@@ -72,6 +76,19 @@ class VhostUserNet(VhostUserDevice):
             self.receiver.halt()
             return True
         return self.sender.rest(PATIENCE)
+
+    def announce(self, mac: bytes) -> None:
+        """Frames of others follow it, so it waits until the guest may run here. (QEMU asks once it does, several times.)"""
+        if self.active:
+            self.core.announce(mac)
+        else:
+            self._announced = mac
+
+    def leave_p2p(self) -> None:
+        super().leave_p2p()
+        if self._announced is not None:
+            self.core.announce(self._announced)
+            self._announced = None
 
     def enter_p2p(self) -> None:
         for ring in (RX, TX):

@@ -27,6 +27,10 @@ F_VERSION_1: Final = 1 << 32
 #: The largest frame: no offload is offered, so it is an Ethernet frame of at most this many bytes, however large the MTU.
 MAX_FRAME: Final = 65536
 RX, TX = 0, 1
+#: Of a reverse ARP request (RFC 903): to everybody; Ethernet and IPv4, addresses of 6 and 4 bytes, operation 3.
+_BROADCAST: Final = b"\xff" * 6
+_RARP: Final = bytes.fromhex("8035 0001 0800 06 04 0003")
+_SHORTEST_FRAME: Final = 60
 
 
 class Port(Protocol):
@@ -99,6 +103,11 @@ class NetCore:
         except MemoryFault as error:
             raise DriverFault(error.reason) from error
         return Sending(self.port, data[self.header :])
+
+    def announce(self, mac: bytes) -> None:
+        """Tell the switches that the guest of this address is behind this port now: without it, what is sent to a guest that has
+        moved goes where it was until it says something itself."""
+        self.port.send((_BROADCAST + mac + _RARP + (mac + bytes(4)) * 2).ljust(_SHORTEST_FRAME, b"\0"))
 
     def deliver(self, queue: SplitQueue, chain: Chain, frame: bytes) -> None:
         """Put a frame into a buffer of the driver's, and give it back; one that does not fit is dropped.

@@ -7,6 +7,7 @@ machine's directory on this host, and `{socket.ID}` where a device's back end li
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def build(
         if any(place in word for word in words):  # the user says where it is
             words = [word.replace(place, _escaped(device.socket)) for word in words]
         else:
-            words += _device(device)
+            words += _device(device, msix=_has_kvm(words))
     for proxied in platform.proxied:
         words += ["-device", f"x-pci-proxy-dev,id={proxied.id},fd={proxies[proxied.id]}"]
     if platform.state == "qemu":
@@ -109,7 +110,17 @@ def build(
     return [*words, "-incoming", "defer"] if incoming else words
 
 
-def _device(device: DeviceEntry) -> Sequence[str]:
+def _has_kvm(words: Sequence[str]) -> bool:
+    """Whether that QEMU runs by KVM: it is asked to, and this host has one. TCG is what it uses otherwise."""
+    asked = any(
+        word == "-enable-kvm" or "accel=kvm" in word or (option == "-accel" and word.startswith("kvm"))
+        for option, word in zip(["", *words], words, strict=False)
+    )
+    return asked and os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+def _device(device: DeviceEntry, *, msix: bool) -> Sequence[str]:
+    """:param msix: a guest may drive a network function by MSI-X. QEMU 7.2 without KVM is killed by SIGSEGV then."""
     chardev = f"ferry-{device.id}"
     words = ["-chardev", f"socket,id={chardev},path={_escaped(device.socket)},reconnect=1"]
     queues = device.options.get("queues", "1")
@@ -119,7 +130,7 @@ def _device(device: DeviceEntry) -> Sequence[str]:
         return [
             *words,
             "-netdev", f"vhost-user,id={net},chardev={chardev}",
-            "-device", f"virtio-net-pci,id={device.id},netdev={net}{mac}",
+            "-device", f"virtio-net-pci,id={device.id},netdev={net}{mac}{'' if msix else ',vectors=0'}",
         ]  # fmt: skip
     return [*words, "-device", f"vhost-user-blk-pci,id={device.id},chardev={chardev},num-queues={queues}"]
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 from devices.kit import Device
 from devices.kit.state_format import StateFormat
 from devices.protocols.vhost_user.memory import MemoryTable
+from devices.protocols.vhost_user.messages import ProtocolFeature
 from devices.protocols.vhost_user.server import Server
 from devices.virtio.ring import DriverFault, SplitQueue
 from migrate.errors import UsageError
@@ -31,6 +32,8 @@ class VhostUserDevice(Device):
     #: Guest memory comes by vhost-user and what is written there is in QEMU's dirty log, not in a tracker of the kit.
     writes_memory = False
     SOCKET: ClassVar[Mapping[str, str]] = {"vhost_user": "path of the socket that QEMU connects to"}
+
+    own_protocol: ClassVar[ProtocolFeature] = ProtocolFeature(0)
 
     queues: list[SplitQueue]
 
@@ -65,6 +68,9 @@ class VhostUserDevice(Device):
     def notified(self, ring: int) -> None:
         """The driver says that there is something."""
         raise NotImplementedError
+
+    def announce(self, mac: bytes) -> None:
+        """A device that has RARP in `own_protocol` says so in its network."""
 
     def device_features(self) -> int:
         raise NotImplementedError

@@ -43,6 +43,7 @@ class Request(IntEnum):
     SET_PROTOCOL_FEATURES = 16
     GET_QUEUE_NUM = 17
     SET_VRING_ENABLE = 18
+    SEND_RARP = 19
     GET_CONFIG = 24
     SET_CONFIG = 25
     GET_INFLIGHT_FD = 31
@@ -58,6 +59,7 @@ class Request(IntEnum):
 class ProtocolFeature(IntFlag):
     MQ = 1 << 0
     LOG_SHMFD = 1 << 1
+    RARP = 1 << 2
     REPLY_ACK = 1 << 3
     CONFIG = 1 << 9
     INFLIGHT_SHMFD = 1 << 12
@@ -92,6 +94,12 @@ class Header(NamedTuple):
     @property
     def wants_reply(self) -> bool:
         return bool(self.flags & NEED_REPLY)
+
+
+def mac(payload: Buffer) -> bytes:
+    """The address that is to be announced: the first six bytes of a u64."""
+    _exactly(payload, _U64.size)
+    return bytes(payload[:6])
 
 
 class State(NamedTuple):

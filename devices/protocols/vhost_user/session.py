@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 #: Of an answer about the device's state (vhost-user.rst, SET_DEVICE_STATE_FD): bits 0 to 7 are not 0.
 _FAILED: Final = 1
 
+#: What every device has; `Backend.own_protocol` is added.
 _PROTOCOL: Final = (
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.INFLIGHT_SHMFD
@@ -53,6 +53,10 @@ class Backend(Protocol):
         """Virtio features that are offered, those of the rings among them."""
 
     @property
+    def own_protocol(self) -> ProtocolFeature:
+        """CONFIG of what has a configuration that QEMU asks for here, RARP of what can announce an address."""
+
+    @property
     def queues(self) -> list[SplitQueue]: ...
     def config(self) -> bytes: ...
     def negotiated(self, features: int) -> None:
@@ -65,6 +69,9 @@ class Backend(Protocol):
         """Serve nothing more of it; what was taken is given back when this returns. False: something lasts, and is not."""
 
     def notified(self, ring: int) -> None: ...
+    def announce(self, mac: bytes) -> None:
+        """The guest of this address is here now: the network is to know (SEND_RARP)."""
+
     def reset(self) -> None: ...
     def save_blob(self) -> bytes:
         """The device's state, while all rings are stopped. :raise FerryError: it has none to give."""
@@ -182,11 +189,11 @@ class Session:
         self.features = wanted
 
     def _get_protocol_features(self, payload: memoryview, fds: list[int]) -> bytes:
-        return m.pack_u64(_PROTOCOL)
+        return m.pack_u64(_PROTOCOL | self._backend.own_protocol)
 
     def _set_protocol_features(self, payload: memoryview, fds: list[int]) -> None:
         wanted = m.u64(payload)
-        if strange := wanted & ~int(_PROTOCOL):
+        if strange := wanted & ~int(_PROTOCOL | self._backend.own_protocol):
             raise m.refused(f"the protocol features {strange:#x} were not offered")
         self._protocol = ProtocolFeature(wanted)
 
@@ -204,6 +211,11 @@ class Session:
     def _set_config(self, payload: memoryview, fds: list[int]) -> None:
         m.config(payload)
         raise m.refused("no driver may change this device's configuration")
+
+    def _send_rarp(self, payload: memoryview, fds: list[int]) -> None:
+        if not self._protocol & ProtocolFeature.RARP:
+            raise m.refused("an address is to be announced, which was not agreed on")
+        self._backend.announce(m.mac(payload))
 
     def _reset_device(self, payload: memoryview, fds: list[int]) -> None:
         for number in range(len(self.rings)):
@@ -430,6 +442,7 @@ _HANDLERS: Final[Mapping[int, Callable[[Session, memoryview, list[int]], bytes |
     Request.SET_PROTOCOL_FEATURES: Session._set_protocol_features,
     Request.GET_QUEUE_NUM: Session._get_queue_num,
     Request.SET_VRING_ENABLE: Session._set_vring_enable,
+    Request.SEND_RARP: Session._send_rarp,
     Request.GET_CONFIG: Session._get_config,
     Request.SET_CONFIG: Session._set_config,
     Request.GET_INFLIGHT_FD: Session._get_inflight_fd,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,29 @@ def test_a_proxied_device_gets_a_connection_that_qemu_inherits() -> None:
     words = build(found, HERE, HERE / "qmp.sock", (9, 1 << 27), incoming=False, proxies={"port0": 12})
     assert "x-pci-proxy-dev,id=port0,fd=12" in words
     assert not any("vhost-user" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "kvm_is_there", "msix"),
+    [
+        ((), True, False),
+        (("-accel", "tcg", "-kernel", "/kvm/bzImage"), True, False),
+        (("-accel", "kvm"), True, True),
+        (("-machine", "q35,accel=kvm:tcg"), True, True),
+        (("-machine", "q35,accel=kvm:tcg"), False, False),
+        (("-enable-kvm",), True, True),
+    ],
+)
+def test_a_network_function_has_no_msix_where_qemu_would_be_killed_for_it(
+    words: tuple[str, ...], kvm_is_there: bool, msix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: kvm_is_there)
+    entry = DeviceEntry("net0", "vhost-user-net", "/m/d0.sock", {"mac": "52:54:00:00:00:01"}, "vhost-user")
+    found = build(
+        Platform(("qemu", *words), "", "b", "ferry", (entry,)), HERE, HERE / "q", (9, 1 << 27), incoming=False
+    )
+    function = "virtio-net-pci,id=net0,netdev=ferry-net-net0,mac=52:54:00:00:00:01"
+    assert (function if msix else f"{function},vectors=0") in found
 
 
 @pytest.mark.parametrize("word", ["-S", "-incoming", "-qmp", "-monitor", "-daemonize"])

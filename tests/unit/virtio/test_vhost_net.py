@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vhost_front_end import GET_BASE, LOG_ALL, PROTOCOL, FrontEnd
+from vhost_front_end import (
+    GET_BASE,
+    GET_PROTOCOL,
+    LOG_ALL,
+    PROTOCOL,
+    SEND_RARP,
+    SET_PROTOCOL,
+    FrontEnd,
+    Refused,
+)
 from virtio_driver import EVENT_IDX, INDIRECT_DESC, VERSION_1, Ring
 from virtio_rig import make_memory
 
@@ -178,6 +187,47 @@ def test_a_stopped_device_is_silent_and_says_so(net: Net) -> None:
         net.device.leave_p2p()
         assert net.device.not_serving() == ""
     assert net.received(1) == [HEADER + b"later"]
+
+
+#: As RFC 903 has it, from and for the guest, and as short as a frame may be.
+RARP = bytes.fromhex(
+    "ffffffffffff 525400abcd01 8035 0001 0800 06 04 0003 525400abcd01 00000000 525400abcd01 00000000"
+)
+_MAC = bytes.fromhex("525400abcd01 0000")
+
+
+def test_the_guests_address_is_announced_to_its_network(net: Net) -> None:
+    net.run()
+    net.front.tell(SEND_RARP, _MAC)
+    assert net.port.recv(9000) == RARP.ljust(60, b"\0")
+
+
+def test_it_is_not_announced_before_the_guest_may_run_here(net: Net) -> None:
+    with net.device.lock:
+        net.device.enter_p2p()
+    net.front.tell(SEND_RARP, _MAC)
+    net.port.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        net.port.recv(9000)
+    with net.device.lock:
+        net.device.leave_p2p()
+        net.device.enter_p2p()
+        net.device.leave_p2p()
+    assert net.port.recv(9000)[:42] == RARP
+    with pytest.raises(TimeoutError):  # once
+        net.port.recv(9000)
+
+
+@pytest.mark.parametrize("payload", [_MAC[:6], _MAC + b"\0", b""])
+def test_an_announcement_of_another_size_is_refused(net: Net, payload: bytes) -> None:
+    with pytest.raises(Refused):
+        net.front.tell(SEND_RARP, payload)
+
+
+def test_an_announcement_that_was_not_agreed_on_is_refused(net: Net) -> None:
+    net.front.send(SET_PROTOCOL, struct.pack("=Q", net.front.ask_u64(GET_PROTOCOL) & ~(1 << 2)))
+    with pytest.raises(Refused):
+        net.front.tell(SEND_RARP, _MAC)
 
 
 @pytest.mark.parametrize("size", [0, 12])

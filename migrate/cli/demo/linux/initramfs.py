@@ -9,7 +9,7 @@ from __future__ import annotations
 import lzma
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,8 @@ from migrate.errors import UsageError
 MODULES: Final = (
     "virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk",
 )  # fmt: skip
+#: For a guest with a network function, after those.
+NET_MODULES: Final = ("failover", "net_failover", "virtio_net")
 #: Words of the kernel's command line; the guest's own follow.
 APPEND: Final = "console=ttyS0 quiet panic=1 --"
 INIT: Final = Path(__file__).parent / "init"
@@ -62,14 +64,14 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
-def build(kernel: Kernel, program: bytes = b"") -> bytes:
-    """The archive. :param program: what runs in place of the demo's guest.
+def build(kernel: Kernel, program: bytes = b"", modules: Sequence[str] = MODULES) -> bytes:
+    """The archive. :param program: what runs in place of the demo's guest. :param modules: what it loads, ten at most.
 
     :raises UsageError: the kernel lacks a module, or has it in a form that cannot be read.
     """
     entries = [("dev", _DIRECTORY | 0o755, b""), ("modules", _DIRECTORY | 0o755, b"")]
     entries += [
-        (f"modules/{number}", _FILE | 0o644, _module(kernel, name)) for number, name in enumerate(MODULES)
+        (f"modules/{number}", _FILE | 0o644, _module(kernel, name)) for number, name in enumerate(modules)
     ]
     entries += [("init", _FILE | 0o755, program or INIT.read_bytes())]
     numbered = [_entry(number, *entry) for number, entry in enumerate(entries, 1)]
@@ -101,4 +103,5 @@ def _module(kernel: Kernel, name: str) -> bytes:
 
 def _candidates(kernel: Kernel, name: str) -> Iterator[Path]:
     for spelling in (name, name.replace("_", "-")):
-        yield from (kernel.modules / "kernel" / "drivers").rglob(f"{spelling}.ko*")
+        for directory in ("drivers", "net/core"):
+            yield from (kernel.modules / "kernel" / directory).rglob(f"{spelling}.ko*")

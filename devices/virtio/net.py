@@ -31,17 +31,27 @@ RX, TX = 0, 1
 _BROADCAST: Final = b"\xff" * 6
 _RARP: Final = bytes.fromhex("8035 0001 0800 06 04 0003")
 _SHORTEST_FRAME: Final = 60
+#: How long a port that has lost its other end waits before it looks again, s.
+RETRY_SECONDS: Final = 0.5
 
 
 class Port(Protocol):
     """Where frames come from and go to. `send` from several threads; never blocks for long."""
 
-    def fileno(self) -> int: ...
+    def fileno(self) -> int:
+        """-1 while nobody is at the other end."""
+
     def send(self, frame: bytes) -> None:
         """One whole frame; dropped where nobody takes it: a network promises nothing."""
 
     def receive(self) -> bytes | None:
         """The next frame, or None where there is none now."""
+
+    def lost(self, why: str) -> None:
+        """Nobody is at the other end any more."""
+
+    def mend(self) -> None:
+        """Look whether somebody is there again."""
 
     def close(self) -> None: ...
 
@@ -51,35 +61,76 @@ class PacketPort:
 
     def __init__(self, path: str) -> None:
         """:raise UsageError: nobody listens there."""
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._path = path
+        #: Nobody closes a descriptor that another thread is about to use.
+        self._lock = threading.Lock()
         try:
-            self._socket.connect(path)
+            self._socket: socket.socket | None = self._connect()
         except OSError as error:
-            self._socket.close()
             raise UsageError(
                 f"nobody takes frames at {path}: {error.strerror}",
                 remedy="start what listens on that SOCK_SEQPACKET socket first",
                 phase=Phase.SETUP,
             ) from None
-        self._socket.setblocking(False)
+
+    def _connect(self) -> socket.socket:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        made.setblocking(False)
+        try:
+            made.connect(self._path)
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        found = self._socket
+        return found.fileno() if found is not None else -1
 
     def send(self, frame: bytes) -> None:
-        try:
-            self._socket.send(frame)
-        except OSError as error:
-            log.debug("event=frame-dropped error=%r", str(error))
+        with self._lock:
+            try:
+                if self._socket is not None:
+                    self._socket.send(frame)
+            except OSError as error:
+                log.debug("event=frame-dropped error=%r", str(error))
 
     def receive(self) -> bytes | None:
-        try:
-            return self._socket.recv(MAX_FRAME) or None
-        except OSError:
+        found = self._socket
+        if found is None:
             return None
+        try:
+            frame = found.recv(MAX_FRAME)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self.lost(str(error))
+            return None
+        if not frame:
+            self.lost("its other end was closed")
+        return frame or None
+
+    def lost(self, why: str) -> None:
+        with self._lock:
+            if self._socket is not None:
+                log.warning("event=port-lost path=%s reason=%r", self._path, why)
+                self._socket.close()
+            self._socket = None
+
+    def mend(self) -> None:
+        try:
+            made = self._connect()
+        except OSError:
+            return
+        with self._lock:
+            self._socket = made
+        log.info("event=port-back path=%s", self._path)
 
     def close(self) -> None:
-        self._socket.close()
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = None
 
 
 class NetCore:
@@ -190,11 +241,19 @@ class Receiver:
         os.eventfd_write(self._wake, 1)
 
     def _loop(self) -> None:
-        waits = select.poll()
+        port, waits = self.core.port, select.poll()
         waits.register(self._wake, select.POLLIN)
-        listening = False
+        wants = False
         while not self._closing:
-            ready = {fd for fd, _ in waits.poll()}
+            fd = port.fileno()
+            if fd >= 0:
+                # Looked at only while there is a buffer for what may come: until then it keeps its frames. That it ends is told.
+                waits.register(fd, select.POLLIN if wants else 0)
+            ready = dict(waits.poll(None if fd >= 0 else RETRY_SECONDS * 1000))
+            if fd >= 0:
+                waits.unregister(fd)
+            elif not self._closing:
+                port.mend()
             if self._wake in ready:
                 try:
                     os.eventfd_read(self._wake)
@@ -202,13 +261,8 @@ class Receiver:
                     pass  # somebody else's was enough
             with self._lock:
                 wants = self._allowed and self.queue.enabled and self._pass()
-            # The port is looked at only while there is a buffer for what may come: until then it keeps its frames.
-            if wants != listening:
-                if wants:
-                    waits.register(self.core.port.fileno(), select.POLLIN)
-                else:
-                    waits.unregister(self.core.port.fileno())
-                listening = wants
+            if not wants and ready.get(fd, 0) & (select.POLLHUP | select.POLLERR):
+                port.lost("its other end was closed")
         os.close(self._wake)
 
     def _pass(self) -> bool:

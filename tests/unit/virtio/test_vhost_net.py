@@ -189,6 +189,33 @@ def test_a_stopped_device_is_silent_and_says_so(net: Net) -> None:
     assert net.received(1) == [HEADER + b"later"]
 
 
+@pytest.mark.parametrize("buffers", [0, 2])
+def test_a_switch_that_was_started_again_is_found_again_and_nothing_spins_until_then(
+    net: Net, tmp_path: Path, buffers: int
+) -> None:
+    net.run()
+    net.offer_buffers(buffers)
+    net.port.close()
+    time.sleep(0.2)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
+    net.send(b"into the void")
+    (tmp_path / "switch").unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "switch"))
+        listener.listen(1)
+        listener.settimeout(5)
+        net.port, _ = listener.accept()
+    net.port.settimeout(5)
+    if not buffers:
+        net.offer_buffers(1)
+    net.port.send(b"here again")
+    assert net.received(1) == [HEADER + b"here again"]
+    net.send(b"out again")
+    assert net.port.recv(9000) == b"out again"
+
+
 #: As RFC 903 has it, from and for the guest, and as short as a frame may be.
 RARP = bytes.fromhex(
     "ffffffffffff 525400abcd01 8035 0001 0800 06 04 0003 525400abcd01 00000000 525400abcd01 00000000"

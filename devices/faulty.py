@@ -44,6 +44,7 @@ FAULTS: Mapping[str, tuple[str, Callable[..., Any]]] = {
     "apply": ("load", _raise),
     "hang-apply": ("load", _hang),
     "start": ("start", _raise),
+    "rest": ("enter_p2p", _raise),
     "stop": ("stop", _raise),
 }
 

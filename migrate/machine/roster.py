@@ -20,6 +20,7 @@ from migrate.machine.config import VCPU_ID, DeviceConfig, MachineConfig
 from migrate.machine.hostconfig import HostConfig
 from migrate.memory import GuestMemory
 from migrate.state import DeviceState
+from migrate.state.lifecycle import ACTIVE
 
 log = logging.getLogger(__name__)
 
@@ -305,7 +306,18 @@ class Roster:
         await self._each((p for p in self.devices() if p.config.protocol == "vhost-user"), one)
 
     async def resume(self, stopped_ns: int) -> None:
-        await self.prepare(stopped_ns)
+        """All to RUNNING, from wherever they are. One that has not come to rest is not asked to on the way: it may refuse again."""
+        active: set[str] = set()
+
+        async def ask(p: Participant) -> None:
+            if (await p.client.info()).state in ACTIVE:
+                active.add(p.config.id)
+
+        await self._each(self.devices(), ask)
+        going = [p for p in self.devices() if p.config.id in active]
+        await self._move(going, lambda _: DeviceState.RUNNING, Times(), Phase.RESUME)
+        resting = [p for p in self.all() if p.config.id not in active]
+        await self._move(resting, lambda _: DeviceState.RUNNING_P2P, Times(), Phase.RESUME, stopped_ns)
         await self.release(stopped_ns)
 
     async def end_copying(self) -> None:

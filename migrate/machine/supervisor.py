@@ -304,6 +304,9 @@ class Supervisor:
                 self.ledger.write(Entry.COMMITTED, job, epoch, peer=found.peer)
             except FerryError as error:
                 await self._take_back()
+                # What answers too late begins to run all the same. Until nothing is left that could, the source is told nothing,
+                # is in doubt, and stands still.
+                await self.roster.stop_all()
                 self._write_aborted(found, str(error))
                 self._enter(S.ENDED, str(error))
                 raise

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from devices.bridges.xremote import bridge as bridge_module
+from devices.bridges.xremote import remote as remote_module
 from devices.protocols.vfio_user.client import RequestRefused
-from migrate.errors import DeviceRefused, Phase, TrackerError
+from migrate.errors import DeviceRefused, DeviceTimeout, Phase, TrackerError
 from migrate.memory.memfd import create_memfd
 from migrate.state.lifecycle import DeviceState
 from tests.faults.rig import eventually
@@ -327,3 +328,53 @@ def test_a_qemu_that_does_not_tell_what_is_under_way_is_not_moved(make: Make) ->
     with pytest.raises(DeviceRefused, match="does not tell which SCSI requests are under way"):
         bridged.go("STOP")
     assert bridged.bridge.state == "RUNNING"
+
+
+def test_storage_whose_requests_nobody_counts_is_not_moved(make: Make) -> None:
+    bridged = make(model="ich9-ahci")
+    assert "its requests are no SCSI requests" in bridged.bridge.obstacle()
+
+
+def test_a_save_that_was_given_up_is_cancelled_and_the_next_one_is_whole(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU takes `cont` while it migrates, and would stop once it is done."""
+    bridged = make()
+    bridged.power_on()
+    held = [{"capability": "pause-before-switchover", "state": True}]
+    bridged.remote._execute("migrate-set-capabilities", {"capabilities": held}, Phase.SAVE)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_module, "SECONDS", 0.5)
+        with pytest.raises(DeviceTimeout, match="has not done migrate within"):
+            bridged.go("STOP_COPY")
+    assert bridged.remote._execute("query-migrate", None, Phase.SAVE)["status"] == "cancelled"
+    bridged.go("RUNNING")
+    held[0]["state"] = False
+    bridged.remote._execute("migrate-set-capabilities", {"capabilities": held}, Phase.SAVE)
+    assert bridged.remote.state(Phase.RUNNING) == "running"
+    bridged.go("STOP_COPY")
+    assert bridged.bridge.streamed.size > 4096  # type: ignore[attr-defined]
+
+
+def test_a_start_that_was_taken_back_leaves_no_stream_from_before_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridged = make()
+    bridged.power_on()
+    bridged.go("STOP_COPY")
+    assert bridged.bridge.streamed.size  # type: ignore[attr-defined]
+    run = bridged.remote.run
+
+    def late(phase: Phase) -> None:
+        run(phase)
+        raise DeviceTimeout("no answer", phase=phase, device=NAME, remedy="-")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bridged.remote, "run", late)
+        with pytest.raises(DeviceTimeout):
+            bridged.go("RUNNING")
+    assert bridged.bridge.state == "STOP"
+    assert bridged.bridge.streamed.size == 0  # type: ignore[attr-defined]
+    bridged.go("STOP_COPY")  # QEMU writes another
+    assert bridged.bridge.streamed.size  # type: ignore[attr-defined]
+    bridged.go("RUNNING")

@@ -35,7 +35,15 @@ MODELS = {
     **BUILT_IN,
     **{
         name: (QEMU, "-device", f"{name},id={{id}}")
-        for name in ("e1000", "virtio-scsi-pci", "mptsas1068", "rtl8139", "pci-serial", "secondary-vga")
+        for name in (
+            "e1000",
+            "virtio-scsi-pci",
+            "mptsas1068",
+            "rtl8139",
+            "pci-serial",
+            "secondary-vga",
+            "ich9-ahci",
+        )
     },
     "nvme": (
         QEMU,

@@ -99,7 +99,26 @@ class Bridge(Participant):
     def start(self, stopped_ns: int) -> None:
         if self._upstream.obstacle:
             return  # it has never stopped
-        self._upstream.go(_S.RUNNING, Phase.RESUME)
+        try:
+            self._upstream.go(_S.RUNNING, Phase.RESUME)
+        except BaseException:
+            self._upstream.take_back()
+            raise
+
+    def release_locks(self) -> None:
+        """A server's lock is its own; but what it has written here without bringing it to its storage would come there later, over
+        what the other host has written by then."""
+        if self._image is None:
+            return
+        try:
+            self._image.flush()
+        except OSError as error:
+            raise DeviceRefused(
+                f"what was written to {self._image.path} cannot be brought to its storage: {error.strerror}",
+                remedy="the machine stays where it is; see the kernel's log for its storage",
+                phase=Phase.COMMIT,
+                device=self.id,
+            ) from error
 
     def reset(self) -> None:
         """On the way to RESUMING, where a whole state comes: only what would be in its way is thrown away."""
@@ -207,13 +226,16 @@ class Bridge(Participant):
             if tracker is not None and not window.private and window.covers(address, size):
                 tracker.mark(GuestAddress(window.region.gpa + window.offset + address - window.address), size)
 
-    def before_unmap(self, address: int, size: int) -> None:
-        """The VMM takes a window back, and with it goes the server's log of it."""
+    def after_unmap(self, address: int, size: int) -> None:
+        """The VMM has taken a window back, and with it went the server's log of it: all of it may have been written."""
         tracker = self.memory.tracker
-        if isinstance(tracker, DmaLogTracker):
-            for window in self.memory.windows:
-                if (window.address, window.size) == (address, size):
-                    tracker.before_unmap(window)
+        for window in self.memory.windows:
+            if (
+                tracker is not None
+                and not window.private
+                and (window.address, window.size) == (address, size)
+            ):
+                tracker.mark(GuestAddress(window.region.gpa + window.offset), size)
 
     def close(self) -> None:
         self._upstream.close()

@@ -64,13 +64,6 @@ class DmaLogTracker:
         for window in self._windows():
             self._report(window, into)
 
-    def before_unmap(self, window: Window) -> None:
-        """What the device has written there is asked for while it can be."""
-        if self._attachment.started and window in self._windows():
-            found = DirtyBitmap(self._attachment.memory.page_count)
-            self._report(window, found)
-            self._marks.mark_runs(found.runs())
-
     def _windows(self) -> list[Window]:
         return [window for window in self._access.windows if window.writable and not window.private]
 

@@ -145,10 +145,9 @@ class Passing:
 
     def dma_unmap(self, address: int, size: int) -> None:
         with self._as_it_can():
-            self._bridge.before_unmap(address, size)
-        with self._as_it_can():
             self._client.dma_unmap(address, size)
         self._client.shared.remove(address)
+        self._bridge.after_unmap(address, size)
         self._bridge.memory.unmap_window(address, size)
 
     def log_dma(self, log: DmaLog | None) -> None:

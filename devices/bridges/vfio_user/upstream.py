@@ -158,6 +158,13 @@ class Upstream:
                 ) from error
             before = step
 
+    def take_back(self) -> None:
+        """It was told to run, and nobody knows whether it does: it stops, at once or when it gets to it."""
+        try:
+            self.migration.set_state(MigrationState.STOP)
+        except FerryError as error:
+            log.warning("event=not-taken-back reason=%r", error.reason)
+
     def power_on(self) -> None:
         """Its state after power-on, wherever it was; a server that has no reset must have just been started."""
         if self.info.flags & DeviceFlags.RESET:
@@ -183,7 +190,8 @@ class Upstream:
         if state in _HALFWAY and not (incoming and state is _S.RESUMING):
             self.power_on()
         elif state in _SAVING or (state is _S.STOP and self.envelope is None and not incoming):
-            self.go(_S.RUNNING, Phase.SETUP)
+            # Of one that a machine has left, which comes back now: it still runs elsewhere.
+            self.go(_S.STOP if incoming else _S.RUNNING, Phase.SETUP)
 
     # -- errors ---------------------------------------------------------------------------------------------------------------
 
@@ -201,12 +209,16 @@ class Upstream:
         def wait() -> None:
             poll = select.poll()
             poll.register(fd, asks)
-            with contextlib.suppress(FerryError):
-                while not any(event & ~select.POLLIN for _, event in poll.poll()):
-                    self.client.serve()
-            os.close(fd)
-            if not self._ending.is_set():
-                gone()
+            try:
+                with contextlib.suppress(
+                    FerryError, OSError, ValueError
+                ):  # or the connection was given up by whoever calls
+                    while not any(event & ~select.POLLIN for _, event in poll.poll()):
+                        self.client.serve()
+            finally:
+                os.close(fd)
+                if not self._ending.is_set():
+                    gone()
 
         threading.Thread(target=wait, name="watch", daemon=True).start()
 

@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 _S = DeviceState
 #: Seconds that requests which are under way get to come to their end.
 IDLE_SECONDS: Final = 3.0
+#: Of a class code (PCI Code and ID Assignment): the base class, and subclasses of which QEMU's models make SCSI requests: SCSI (and
+#: virtio, whose requests are saved), RAID, SAS. IDE, AHCI and the like go on after `stop` as SCSI does, and nobody counts them.
+_STORAGE: Final = 0x01
+_BY_SCSI: Final = (0x00, 0x04, 0x07)
 _POLL: Final = 0.0005
 
 
@@ -74,6 +78,11 @@ class Bridge(Participant):
             return self._unsaved
         if not self.remote.traced:
             return "its QEMU does not tell which SCSI requests are under way (it has no trace), so it may lose one"
+        if (
+            self.function.class_code >> 16 == _STORAGE
+            and self.function.class_code >> 8 & 0xFF not in _BY_SCSI
+        ):
+            return "its requests are no SCSI requests, and its QEMU does not tell which others are under way: it may lose one"
         if self.memory.has_private_windows:
             return (
                 "its VMM has mapped memory into it that is not the machine's, and writes there would be lost"
@@ -126,22 +135,24 @@ class Bridge(Participant):
     def start(self, stopped_ns: int) -> None:
         if self._image is not None:
             self._image.lock()
+        self._stream.forget()  # it may have run from here on, whatever it answers
         try:
             self.remote.run(Phase.RESUME)
         except BaseException:
-            self._as_it_was(lambda _: self.remote.stop())
-            if self._image is not None:
+            # One that may run yet keeps its image, and with it everybody else off it.
+            if self._as_it_was(lambda _: self.remote.stop()) and self._image is not None:
                 self._image.unlock()
             raise
-        self._stream.forget()
         self._stream.stopped = False
 
-    def _as_it_was(self, undo: Callable[[Phase], None]) -> None:
-        """A QEMU that hangs obeys later, in order: it has been told by then."""
+    def _as_it_was(self, undo: Callable[[Phase], None]) -> bool:
+        """Whether it is. A QEMU that hangs obeys later, in order: it has been told by then."""
         try:
             undo(Phase.STOP)
         except DeviceError as error:
             log.warning("event=not-undone reason=%r", error.reason)
+            return False
+        return True
 
     def release_locks(self) -> None:
         if self._image is not None:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 SECONDS: Final = 3.5
 _POLL: Final = 0.001
 _STREAM: Final = "ferry-stream"
+#: What `query-migrate` says of a save that has not come to an end (qapi/migration.json, MigrationStatus).
+_GOES_ON: Final = ("setup", "active", "device", "pre-switchover", "cancelling")
 
 
 class Remote:
@@ -153,7 +155,24 @@ class Remote:
 
     def save(self, fd: int) -> None:
         """Its whole state to a file. It stands still, has let go of its image, and cannot do this again before it has run."""
-        self._migrate("migrate", fd, Phase.SAVE)
+        try:
+            self._migrate("migrate", fd, Phase.SAVE)
+        except DeviceError:
+            self._cancel()
+            raise
+
+    def _cancel(self) -> None:
+        """Or what goes on would end by stopping a QEMU that has been told to run by then, and take its image from it."""
+        try:
+            self._execute("migrate_cancel", None, Phase.SAVE)
+            deadline = time.monotonic() + SECONDS
+            while self._execute("query-migrate", None, Phase.SAVE).get("status") in _GOES_ON:
+                if time.monotonic() > deadline:
+                    log.error("event=save-goes-on")
+                    return
+                time.sleep(_POLL)
+        except DeviceError as error:
+            log.warning("event=not-cancelled reason=%r", error.reason)
 
     def load(self, fd: int) -> None:
         """A state from a file that is at its beginning; it stands still then.

@@ -90,6 +90,9 @@ class MadeUpRoster:
         assert self.guest == "stopped", "locks are let go by what stands still"
         self.locked = False
 
+    async def stop_all(self) -> None:
+        self.guest, self.locked = "stopped", False  # with the processes
+
     async def end_migration(self, outcome: str) -> None:
         self.finished.append(outcome)
 

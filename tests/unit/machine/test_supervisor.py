@@ -232,12 +232,15 @@ def test_an_abort_that_comes_after_commit_is_refused(one: OneMachine, runner: as
 # -- taking over -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("also", ["", "halt", "release_locks"])
 def test_a_take_over_that_fails_before_committed_is_aborted_and_holds_no_lock_when_it_says_so(
-    one: OneMachine, runner: asyncio.Runner
+    one: OneMachine, runner: asyncio.Runner, also: str
 ) -> None:
     async def play() -> None:
         await one.to(S.READY)
         one.roster.will_fail("prepare")
+        if also:  # it hangs: nobody knows what it does once it wakes
+            one.roster.will_fail(also)
         with pytest.raises(DeviceError, match="prepare failed"):
             await one.it.commit_incoming(JOB, EPOCH, 1000, paused=False)
         # The source resumes as soon as it hears ABORTED, and takes the locks.

@@ -89,19 +89,23 @@ class Bridge(Participant):
         """It runs already, but for a server that was slow to obey a stop which was given up."""
         if not self._upstream.obstacle and self._upstream.state() in (_S.STOP, _S.STOP_COPY):
             self._upstream.go(_S.RUNNING, Phase.RESUME)
+        self._upstream.client.shared.silence(False)
 
     def stop(self) -> None:
         if self.state is _S.PRE_COPY_P2P:
             self._data.stop()
         else:
             self._upstream.go(_S.STOP, Phase.STOP)
+        self._upstream.client.shared.silence(True)  # memory is collected a last time
 
     def start(self, stopped_ns: int) -> None:
         if self._upstream.obstacle:
             return  # it has never stopped
+        self._upstream.client.shared.silence(False)
         try:
             self._upstream.go(_S.RUNNING, Phase.RESUME)
         except BaseException:
+            self._upstream.client.shared.silence(True)
             self._upstream.take_back()
             raise
 
@@ -124,6 +128,7 @@ class Bridge(Participant):
         """On the way to RESUMING, where a whole state comes: only what would be in its way is thrown away."""
         if self._data.begun or self._upstream.state() is _S.ERROR:
             self._upstream.power_on()
+        self._upstream.client.shared.silence(True)
 
     def reset_by_vmm(self) -> None:
         """The guest resets the device. A server is in RUNNING then, whatever it was, and what was read of it is void."""

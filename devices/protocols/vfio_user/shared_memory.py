@@ -45,6 +45,7 @@ class SharedByMessage:
         self._windows: dict[int, tuple[memoryview, bool]] = {}
         #: Told of what a server has written, address and bytes, before it is answered: whoever writes keeps the log.
         self.wrote: Callable[[int, int], None] | None = None
+        self._silent = False
 
     def add(self, address: int, memory: memoryview, *, writable: bool) -> bool:
         """False: there is one at this address, which stays as it is."""
@@ -52,6 +53,11 @@ class SharedByMessage:
             fresh = address not in self._windows
             self._windows.setdefault(address, (memory, writable))
             return fresh
+
+    def silence(self, silent: bool) -> None:
+        """Whether nothing is to be written any more: when this returns, what was under way is there, and told."""
+        with self._lock:
+            self._silent = silent
 
     def remove(self, address: int) -> None:
         with self._lock:
@@ -87,6 +93,8 @@ class SharedByMessage:
                     at = address - start
                     if not write:
                         return DMA.pack(address, count) + memory[at : at + count]
+                    if self._silent:
+                        raise refused(errno.EBUSY, f"{count} bytes at {address:#x} while the device stands still")
                     if not writable:
                         raise refused(errno.EPERM, f"{count} bytes at {address:#x} may only be read")
                     memory[at : at + count] = data

@@ -142,6 +142,13 @@ def test_what_a_server_has_written_by_messages_is_in_the_log_and_what_it_reads_i
     assert bridged.dirty() == []
     with pytest.raises(MemoryFault, match="refused"):
         server.write(RAM + MIB - 2, b"over")
+    bridged.go("STOP")  # from here on memory is collected a last time
+    with pytest.raises(MemoryFault, match="refused"):
+        server.write(RAM + PAGE, b"late")
+    assert os.pread(memory, 6, PAGE) == b"before"
+    bridged.go("RUNNING")
+    server.write(RAM + PAGE, b"late")
+    assert os.pread(memory, 6, PAGE) == b"latere"
     bridged.vmm.dma_unmap(RAM, MIB)
     with pytest.raises(MemoryFault, match="refused"):
         server.read(RAM, 4)

@@ -94,7 +94,9 @@ class SharedByMessage:
                     if not write:
                         return DMA.pack(address, count) + memory[at : at + count]
                     if self._silent:
-                        raise refused(errno.EBUSY, f"{count} bytes at {address:#x} while the device stands still")
+                        raise refused(
+                            errno.EBUSY, f"{count} bytes at {address:#x} while the device stands still"
+                        )
                     if not writable:
                         raise refused(errno.EPERM, f"{count} bytes at {address:#x} may only be read")
                     memory[at : at + count] = data

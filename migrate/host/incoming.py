@@ -240,7 +240,12 @@ class Incoming:
         """The word of this host on a job: by the supervisor, else by the ledger."""
         machine_of_name = self._machines.get(machine)
         if machine_of_name is not None:
-            return await machine_of_name.supervisor.ask(job, epoch)
+            try:
+                return await machine_of_name.supervisor.ask(job, epoch)
+            except FerryError:
+                if not await machine_of_name.process.wait(SUPERSEDE_SECONDS):
+                    raise
+                # It was ending: what it has written is its word.
         async with self._machines.alone(machine):
             return await asyncio.to_thread(answer_of_ledger, self._machines, machine, job, epoch)
 

@@ -230,7 +230,6 @@ async def supervise(spec: Spec, ready_fd: int) -> int:
         if stop.is_set() and not supervisor.ended.is_set():
             with contextlib.suppress(FerryError):
                 await supervisor.quit(force=True)
-        await supervisor.answered()
         return 0
     finally:
         await process.tear_down()

@@ -340,6 +340,19 @@ class Roster:
             await self._move([self.vcpu], lambda _: DeviceState.STOP, times, Phase.STOP)
         await self._move(self.devices(), lambda _: DeviceState.STOP, times, Phase.STOP)
 
+    async def take_back(self, why: FerryError | None = None) -> None:
+        """After a `prepare` that came to nothing: all stand still, and locks that it took are let go.
+
+        :param why: what it failed by. Who missed a deadline does not obey this either, so then nobody is asked.
+        """
+        if isinstance(why, DeviceTimeout):
+            return
+        try:
+            await self.halt()
+            await self.release_locks()
+        except FerryError as error:
+            log.warning("event=let-go error=%s", error)
+
     async def end_migration(self, outcome: str) -> None:
         """Tracking off, and `Finish`; a participant that fails here is logged, for nothing depends on it any more."""
         for participant in self.all():

@@ -8,21 +8,12 @@ bus and its children, is process.py.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
 from collections.abc import Callable
 
-from migrate.errors import (
-    DeviceTimeout,
-    FerryError,
-    LedgerError,
-    LocalProtocolError,
-    Phase,
-    Reason,
-    UsageError,
-)
+from migrate.errors import FerryError, LedgerError, LocalProtocolError, Phase, Reason, UsageError
 from migrate.machine.children import Adopted, Child
 from migrate.machine.config import VCPU_ID, MachineConfig
 from migrate.machine.ledger import Entry, Ledger, heard_of
@@ -267,14 +258,6 @@ class Supervisor:
         await self.roster.resume(self.stopped_ns())
         self._stopped_at = None
 
-    async def answered(self) -> None:
-        """Whoever asked for what ended the machine has been told how that went, or will be when the connection is closed."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0), self._lock:
-                pass
-        for _ in range(3):  # out of the lock, out of the call, into the answer
-            await asyncio.sleep(0)
-
     def stopped_ns(self) -> int:
         """How long the machine has stood still, ns."""
         return 0 if self._stopped_at is None else time.monotonic_ns() - self._stopped_at
@@ -320,10 +303,7 @@ class Supervisor:
                     await self.roster.prepare(still())
                 self.ledger.write(Entry.COMMITTED, job, epoch, peer=found.peer)
             except FerryError as error:
-                if not isinstance(
-                    error, DeviceTimeout
-                ):  # who hangs does not obey that either, and the source waits
-                    await self._take_back()
+                await self.roster.take_back(error)
                 # What answers too late begins to run all the same. Until nothing is left that could, the source is told nothing,
                 # is in doubt, and stands still.
                 await self.roster.stop_all()
@@ -341,14 +321,6 @@ class Supervisor:
             self.job = None
             self._background(self.roster.end_migration("completed"))
             return {"commit_ns": committed - heard, "resume_ns": time.monotonic_ns() - committed}
-
-    async def _take_back(self) -> None:
-        """Locks that RUNNING_P2P took are let go before anybody is told ABORTED."""
-        try:
-            await self.roster.halt()
-            await self.roster.release_locks()
-        except FerryError as error:
-            log.warning("event=let-go machine=%s error=%s", self.machine.name, error)
 
     async def _start_committed(self, still: Callable[[], int]) -> None:
         """After COMMITTED there is no way back: try until it runs, or a participant is dead."""
@@ -406,7 +378,7 @@ class Supervisor:
                             Entry.COMMITTED, job.name, job.epoch, detail="the operator keeps the destination"
                         )
                     except FerryError:
-                        await self._take_back()
+                        await self.roster.take_back()
                         raise
                     self._enter(S.COMMITTED)
                     await self._start_committed(lambda: time.monotonic_ns() - since)

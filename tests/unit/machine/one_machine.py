@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -89,6 +89,11 @@ class MadeUpRoster:
         self._maybe_fail("release_locks")
         assert self.guest == "stopped", "locks are let go by what stands still"
         self.locked = False
+
+    async def take_back(self, why: FerryError | None = None) -> None:
+        with suppress(FerryError):
+            await self.halt()
+            await self.release_locks()
 
     async def stop_all(self) -> None:
         self.guest, self.locked = "stopped", False  # with the processes

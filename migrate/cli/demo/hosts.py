@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import secrets
 import select
 import signal
 import socket
@@ -158,9 +160,14 @@ def processes_of(directory: str) -> set[int]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has. No outgoing connection gets it before a daemon listens there: those have a range of their own."""
+    range_begins = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(100):
+        chosen = 1024 + secrets.randbelow(range_begins - 1024) if range_begins > 1024 else 0
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", chosen))
+            return int(probe.getsockname()[1])
+    raise TransportError("no port is free on 127.0.0.1", phase=Phase.SETUP, remedy="see `ss -ltn`")
 
 
 def cpu_ticks(pid: int) -> int | None:

@@ -17,7 +17,7 @@ RESTLESS = [sys.executable, "-m", "devices.faulty", "rtc", "--fail", "rest"]
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
     with pen() as ground:
-        tomls = [f"[device.rtc]\ncommand = {json.dumps(RESTLESS)}\n", "images = []\n"]
+        tomls = [f"[device.rtc]\ncommand = {json.dumps(RESTLESS)}\n", ""]
         with two_hosts(ground, tomls) as (a, b):
             path = ground.directory / "machine.toml"
             path.write_text(MACHINE_TOML)

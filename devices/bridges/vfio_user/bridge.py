@@ -224,23 +224,13 @@ class Bridge(Participant):
     def make_tracker(self, name: str) -> Tracker:
         return DmaLogTracker(self._upstream, self.memory)
 
-    def wrote_for_server(self, address: int, size: int) -> None:
-        """The server has had us write there, by a message: of that its own log knows nothing. From any thread."""
+    def may_have_written(self, address: int, size: int) -> None:
+        """Of this its own log tells nothing: it has had us write there, by a message, or the VMM has taken that window back, and
+        with it went the log of it. From any thread."""
         tracker = self.memory.tracker
         for window in self.memory.windows:
             if tracker is not None and not window.private and window.covers(address, size):
                 tracker.mark(GuestAddress(window.region.gpa + window.offset + address - window.address), size)
-
-    def after_unmap(self, address: int, size: int) -> None:
-        """The VMM has taken a window back, and with it went the server's log of it: all of it may have been written."""
-        tracker = self.memory.tracker
-        for window in self.memory.windows:
-            if (
-                tracker is not None
-                and not window.private
-                and (window.address, window.size) == (address, size)
-            ):
-                tracker.mark(GuestAddress(window.region.gpa + window.offset), size)
 
     def close(self) -> None:
         self._upstream.close()

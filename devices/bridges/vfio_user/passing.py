@@ -50,7 +50,7 @@ class Passing:
         self._upstream = upstream
         self._client = client = upstream.client
         bridge.memory.by_windows = True
-        client.shared.wrote = bridge.wrote_for_server
+        client.shared.wrote = bridge.may_have_written
         self.pci = bool(upstream.info.flags & DeviceFlags.PCI)
         regions = [client.region_info(index) for index in range(upstream.info.regions)]
         self.regions = [
@@ -147,7 +147,7 @@ class Passing:
         with self._as_it_can():
             self._client.dma_unmap(address, size)
         self._client.shared.remove(address)
-        self._bridge.after_unmap(address, size)
+        self._bridge.may_have_written(address, size)
         self._bridge.memory.unmap_window(address, size)
 
     def log_dma(self, log: DmaLog | None) -> None:

@@ -210,9 +210,8 @@ class Upstream:
             poll = select.poll()
             poll.register(fd, asks)
             try:
-                with contextlib.suppress(
-                    FerryError, OSError, ValueError
-                ):  # or the connection was given up by whoever calls
+                # ValueError: whoever calls has given the connection up, and there is no descriptor any more.
+                with contextlib.suppress(FerryError, OSError, ValueError):
                     while not any(event & ~select.POLLIN for _, event in poll.poll()):
                         self.client.serve()
             finally:

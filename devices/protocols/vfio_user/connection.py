@@ -301,9 +301,8 @@ class Connection:
     def _end(self, why: str) -> None:
         self._dead = why
         self._assembler.close()
-        with contextlib.suppress(
-            OSError
-        ):  # who watches it by another descriptor sees the end, and so does the device
+        # Who watches it by another descriptor sees the end, and so does the device.
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 

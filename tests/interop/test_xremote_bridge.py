@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import struct
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from devices.bridges.xremote import bridge as bridge_module
 from devices.bridges.xremote import remote as remote_module
 from devices.protocols.vfio_user.client import RequestRefused
+from devices.virtio.backing import Image
 from migrate.errors import DeviceRefused, DeviceTimeout, Phase, TrackerError
 from migrate.memory.memfd import create_memfd
 from migrate.state.lifecycle import DeviceState
@@ -354,6 +356,29 @@ def test_a_save_that_was_given_up_is_cancelled_and_the_next_one_is_whole(
     assert bridged.remote.state(Phase.RUNNING) == "running"
     bridged.go("STOP_COPY")
     assert bridged.bridge.save()["stream_size"] > 4096
+
+
+def test_a_qemu_that_may_run_yet_keeps_its_image(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither `cont` nor `stop` was answered: who lets go now gives a disk away that is written to."""
+    bridged = make()
+    bridged.power_on()
+    bridged.go("STOP")
+    bridged.bridge.release_locks()
+    process = bridged.remote._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    assert bridged.bridge._image is not None
+    other = Image(bridged.bridge._image.path, read_only=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_module, "SECONDS", 0.3)
+        with pytest.raises(DeviceTimeout):
+            bridged.go("RUNNING")
+    with pytest.raises(DeviceRefused, match="is locked by another process"):
+        other.lock()
+    os.kill(process.pid, signal.SIGCONT)
+    eventually(lambda: bridged.remote.state(Phase.RUNNING) != "running", "both are obeyed, in order")
+    bridged.go("RUNNING")
+    other.close()
 
 
 def test_a_start_that_was_taken_back_leaves_no_stream_from_before_it(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from bridge_rig import Foreign, Make, carry, foreign, move
+from vfio_user_backend import Area
 
 from devices.protocols.vfio_user.feature_messages import MigrationFlags, MigrationState
 from migrate.errors import DeviceRefused, MemoryFault
@@ -25,8 +26,6 @@ class Strict(Foreign):
 
 def strict(migration: Strict, command: int = 0) -> object:
     """A PCI function whose configuration space is none of its migration data."""
-    from vfio_user_backend import Area
-
     backend = foreign(migration)
     sizes = (8, 64, 0, 0, 0, 0, 0, 256, 0)
     backend.pci, backend.irqs = True, (1, 0, 0, 0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import select
 import socket
 import stat
 import threading
@@ -220,13 +221,19 @@ def test_a_device_that_answers_wrongly_is_named_and_dropped(
 ) -> None:
     fake = FakeDevice(short_dir / "s", [HELLO, answer])
     client = Client.connect(str(short_dir / "s"), device="dev0", timeout=0.1)
+    watched = os.dup(client.fileno())  # as a bridge does, to hear of the end
     with pytest.raises(error, match=text) as caught:
         client.region_read(0, 0, 1)
     assert getattr(caught.value, "device", "") == "dev0"
     with pytest.raises(DeviceGone):
         client.region_read(0, 0, 1)
+    looks = select.poll()
+    looks.register(watched, 0)
+    seen = looks.poll(1000)
+    os.close(watched)
     client.close()
     fake.thread.join()
+    assert seen == [(watched, select.POLLHUP)]
 
 
 def test_a_device_of_another_version_is_refused(short_dir: Path) -> None:

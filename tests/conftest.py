@@ -17,7 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # As `ferry` does for what it starts.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Tests start thousands of processes: each would compile all of our modules anew, which is a third of its start.
+# Tests start thousands of processes: each would compile all of our modules anew, which is a quarter of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # How long an example takes says something of the machine, not of the code: a shared one must not fail a test.

@@ -34,7 +34,8 @@ _S = DeviceState
 #: Seconds that requests which are under way get to come to their end.
 IDLE_SECONDS: Final = 3.0
 #: Of a class code (PCI Code and ID Assignment): the base class, and subclasses of which QEMU's models make SCSI requests: SCSI (and
-#: virtio, whose requests are saved), RAID, SAS. IDE, AHCI and the like go on after `stop` as SCSI does, and nobody counts them.
+#: virtio, whose requests are saved), RAID, SAS. Nobody counts those of IDE, AHCI and the like; whether they go on after `stop`, as
+#: SCSI's do, was not tried.
 _STORAGE: Final = 0x01
 _BY_SCSI: Final = (0x00, 0x04, 0x07)
 _POLL: Final = 0.0005
